@@ -53,10 +53,11 @@ class TorchvisionAdapter:
         if list(ours.image_mean) == list(theirs.image_mean) and list(ours.image_std) == list(theirs.image_std):
             return images
         batch = images.tensors
-        column = [batch.new_tensor(values)[:, None, None] for values in (ours.image_std, ours.image_mean, theirs.image_mean, theirs.image_std)]
+        statistics = (ours.image_std, ours.image_mean, theirs.image_mean, theirs.image_std)
+        std, mean, new_mean, new_std = (batch.new_tensor(values)[:, None, None] for values in statistics)
         renormalised = batch.new_zeros(batch.shape)
         for target, image, (height, width) in zip(renormalised, batch, images.image_sizes, strict=True):
-            target[:, :height, :width] = (image[:, :height, :width] * column[0] + column[1] - column[2]) / column[3]
+            target[:, :height, :width] = (image[:, :height, :width] * std + mean - new_mean) / new_std
         return ImageList(renormalised, images.image_sizes)
 
 
@@ -99,16 +100,18 @@ class OneStageAdapter(TorchvisionAdapter):
         levels = list(features.values())
         head = model.head(levels)
         anchors = model.anchor_generator(images, levels)
-        matched = self.match(model, targets, head, anchors, levels)
-        cells = sum(x.shape[-2] * x.shape[-1] for x in levels)
-        per_cell = len(anchors[0]) // max(cells, 1)
-        per_level = [x.shape[-2] * x.shape[-1] * per_cell for x in levels]
-        outputs = _OneStage(targets, head, anchors, matched, per_level)
+        matched = self.match(model, targets, anchors, levels)
+        outputs = _OneStage(targets, head, anchors, matched, self.anchors_per_level(model, levels))
         return TaskLosses(self.loss(model, outputs), outputs)
 
-    def match(self, model: nn.Module, targets: Targets, head: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
-        extra = ([x.shape[-2] * x.shape[-1] for x in levels],) if isinstance(model, FCOS) else ()
-        return type(model).compute_loss(_MatchOnly(model), targets, head, anchors, *extra)
+    def anchors_per_level(self, model: nn.Module, levels: list[Tensor]) -> list[int]:
+        per_cell = model.anchor_generator.num_anchors_per_location()
+        return [x.shape[-2] * x.shape[-1] * count for x, count in zip(levels, per_cell, strict=True)]
+
+    def match(self, model: nn.Module, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+        """Index of the ground-truth box of each anchor, negative for background."""
+        extra = (self.anchors_per_level(model, levels),) if isinstance(model, FCOS) else ()
+        return type(model).compute_loss(_MatchOnly(model), targets, {}, anchors, *extra)
 
     def loss(self, model: nn.Module, o: _OneStage) -> dict[str, Tensor]:
         return model.head.compute_loss(o.targets, o.head, o.anchors, o.matched)
@@ -138,8 +141,7 @@ class OneStageAdapter(TorchvisionAdapter):
         levels = list(features.values())
         head = model.head(levels)
         anchors = model.anchor_generator(images, levels)
-        cells = sum(x.shape[-2] * x.shape[-1] for x in levels)
-        counts = [x.shape[-2] * x.shape[-1] * (len(anchors[0]) // cells) for x in levels]
+        counts = self.anchors_per_level(model, levels)
         split = {key: list(value.split(counts, dim=1)) for key, value in head.items()}
         return model.postprocess_detections(split, [list(a.split(counts)) for a in anchors], images.image_sizes)
 
@@ -156,20 +158,11 @@ class SSDAdapter(OneStageAdapter):
     def supports(model: nn.Module) -> bool:
         return isinstance(model, SSD)
 
-    def match(self, model: nn.Module, targets: Targets, head: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    def match(self, model: nn.Module, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
         return [
             model.proposal_matcher(box_iou(target["boxes"], a)) if len(target["boxes"]) else a.new_full((len(a),), -1, dtype=torch.int64)
             for target, a in zip(targets, anchors, strict=True)
         ]
-
-    def head_losses(self, model: nn.Module, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
-        levels = list(features.values())
-        head = model.head(levels)
-        anchors = model.anchor_generator(images, levels)
-        per_cell = model.anchor_generator.num_anchors_per_location()
-        per_level = [x.shape[-2] * x.shape[-1] * count for x, count in zip(levels, per_cell, strict=True)]
-        outputs = _OneStage(targets, head, anchors, self.match(model, targets, head, anchors, levels), per_level)
-        return TaskLosses(self.loss(model, outputs), outputs)
 
     def loss(self, model: nn.Module, o: _OneStage) -> dict[str, Tensor]:
         return model.compute_loss(o.targets, o.head, o.anchors, o.matched)

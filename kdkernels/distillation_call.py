@@ -1,0 +1,253 @@
+"""One call of the Distiller, from the student's forward pass to the end of its backward pass."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.adapters import pair_levels
+from kdkernels.inline import InlinePlan, InlineTap, Terms, level_terms
+from kdkernels.losses.base import DistillationLoss
+from kdkernels.tap import Features, unwrap
+from kdkernels.teacher import TeacherOutput, loss_mode, pseudo_losses, scaled_gradients
+
+if TYPE_CHECKING:
+    from kdkernels.distiller import Distiller
+
+Pairs = list[tuple[str, str]]
+LEVEL_GRANULARITIES = {"level", "level x image"}
+
+
+class CallValues:
+    """Values of one call's losses and terms. Outlives the call inside the autograd graph, so it refers to nothing else."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._parts: dict[str, dict[int, Tensor]] = {}
+        self._handles: dict[str, Tensor] = {}
+
+    def bind(self, name: str, handle: Tensor) -> None:
+        # .data: filling in the value during the backward pass is not an operation that autograd should see.
+        self._handles[name] = handle.data
+
+    def record(self, part: int, name: str, terms: Terms, value: Tensor) -> None:
+        """Value of one loss at one firing of the tap; a second backward through the same graph replaces it."""
+        numbers = {f"kd_{name}/{term}": entries.detach().sum() for term, entries in terms.items()}
+        for key, number in {f"kd_{name}": value, **numbers}.items():
+            parts = self._parts.setdefault(key, {})
+            parts[part] = number
+            self.values[key] = torch.stack(list(parts.values())).sum()
+        if name in self._handles:
+            self._handles[name].copy_(self.values[f"kd_{name}"])
+
+
+class DistillationCall:
+    """State of one call: what the student showed, what the teacher said, and the values found on the way."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        images: Any,
+        targets: Any,
+        student_gradients: Mapping[str, Tensor] | None = None,
+        teacher_gradients: Mapping[str, Tensor] | None = None,
+        only_build: bool = False,
+    ) -> None:
+        self.distiller = distiller
+        self.images, self.targets = images, targets
+        self.frame: tuple[Any, Any] = (images, targets)
+        self.given_student_gradients = student_gradients
+        self.given_teacher_gradients = teacher_gradients
+        self.only_build = only_build
+        self.record = CallValues()
+        self.results: dict[str, list[Tensor]] = {}
+        self.explicit: list[tuple[Features, Pairs]] = []
+        self.copies: Features = OrderedDict()
+        self.head_features: Features = OrderedDict()
+        self._handles: dict[str, list[Tensor]] = {}
+        self._adapted: dict[tuple[str, ...], list[Tensor]] = {}
+        self._teacher: TeacherOutput | None = None
+        self._seen: set[str] = set()
+
+    def student_features(self, names: list[str], features: Features) -> Features:
+        """Called by the student's tap: uses what passes and gives what the head shall see."""
+        again = self._seen.intersection(names)
+        if again:
+            raise RuntimeError(f"levels {sorted(again)} passed the student's tap twice in one call: tap a module that is called once")
+        self._seen.update(names)
+        named = OrderedDict(zip(names, features.values(), strict=True))
+        chosen = self._chosen(named)
+        if not chosen:
+            return features
+        pairs = pair_levels(chosen, self._teacher_levels(), self._image_size)
+        chosen = OrderedDict((name, chosen[name]) for name, _ in pairs)
+        if self.only_build:
+            self._build(chosen, pairs)
+            return features
+        with_gradient, without = self._split_losses()
+        self._evaluate(without, chosen, None, pairs)
+        passed = dict(zip(named, features, strict=True))
+        replaced = OrderedDict(features)
+        if with_gradient and self.distiller.mode == "inline" and any(x.requires_grad for x in chosen.values()):
+            record = partial(self.record.record, len(self._seen))
+            plan = InlinePlan(with_gradient, self._sides(with_gradient, pairs), self._taught(pairs), record)
+            outputs = InlineTap.apply(plan, *chosen.values())
+            for name, handle in zip(with_gradient, outputs[len(chosen) :], strict=True):
+                self._handles.setdefault(name, []).append(handle)
+        elif with_gradient:
+            if self.distiller.mode == "inline":
+                self.distiller.warn_once(
+                    "the student's tapped features need no gradient (frozen backbone), so no backward pass reaches them: "
+                    "their losses are evaluated explicitly"
+                )
+            outputs = InlineTap.apply(InlinePlan({}, {}, [], self.record.record), *(_differentiable(x) for x in chosen.values()))
+            self.copies.update(zip(chosen, outputs, strict=True))
+            self.explicit.append((chosen, pairs))
+        else:
+            return features
+        for name, output in zip(chosen, outputs[: len(chosen)], strict=True):
+            replaced[passed[name]] = output
+        self.head_features.update(replaced)
+        return replaced
+
+    def finish(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called after the student's forward pass: the explicit losses, and everything in one dict."""
+        if not self._seen:
+            raise RuntimeError(f"the student's tap {self.distiller._tap.paths} saw no features: the module was not called")
+        if self.only_build:
+            return losses
+        if self.explicit:
+            self._evaluate_explicit(losses)
+        result = dict(losses)
+        for name in self.distiller.losses:
+            key = "kd_" + name
+            if name in self._handles:
+                handles = self._handles[name]
+                result[key] = handles[0] if len(handles) == 1 else torch.stack(handles).sum()
+                self.record.bind(name, result[key])
+            elif name in self.results:
+                result[key] = torch.stack(self.results[name]).sum()
+            else:
+                raise RuntimeError(f"loss {name!r}: none of the levels {self.distiller.levels} passed the student's tap")
+        return result
+
+    def _chosen(self, named: Features) -> Features:
+        distiller = self.distiller
+        if distiller.levels is not None:
+            return OrderedDict((name, x) for name, x in named.items() if name in distiller.levels)
+        excluded = getattr(distiller.adapter, "excluded_levels", ())
+        return OrderedDict((name, x) for name, x in named.items() if name.rpartition(".")[2] not in excluded)
+
+    def _teacher_levels(self) -> Features:
+        if self._teacher is None:
+            self._ask_teacher()
+        excluded = getattr(self.distiller.teacher.adapter, "excluded_levels", ())
+        return OrderedDict((name, x) for name, x in self._teacher.features.items() if name.rpartition(".")[2] not in excluded)
+
+    def _ask_teacher(self) -> None:
+        distiller, teacher = self.distiller, self.distiller.teacher
+        images, targets = self.frame
+        self._boxes, self._counts, self._image_size = distiller.adapter.frame(distiller.student, images, targets)
+        if hasattr(distiller.adapter, "teacher_images"):
+            images = distiller.adapter.teacher_images(distiller.student, teacher.model, images)
+        needs = frozenset() if self.only_build else frozenset().union(*(loss.needs for loss in distiller.losses.values()))
+        granularities = {getattr(loss, "granularity", None) for loss in distiller.losses.values()}
+        self._teacher = teacher(
+            images,
+            targets,
+            gradients="teacher_gradients" in needs and self.given_teacher_gradients is None,
+            losses="teacher_losses" in needs,
+            per_level=not granularities.isdisjoint(LEVEL_GRANULARITIES),
+        )
+
+    def _split_losses(self) -> tuple[dict[str, DistillationLoss], dict[str, DistillationLoss]]:
+        losses = self.distiller.losses
+        with_gradient = {name: loss for name, loss in losses.items() if "student_gradients" in loss.needs}
+        return with_gradient, {name: loss for name, loss in losses.items() if name not in with_gradient}
+
+    def _sides(self, losses: dict[str, DistillationLoss], pairs: Pairs) -> dict[str, Any]:
+        features = [self._teacher.features[name] for _, name in pairs]
+        gradients = self._teacher_gradients(pairs)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(features, gradients, strict=True)]
+        return {
+            name: loss.teacher_side(
+                features,
+                filled if "teacher_gradients" in loss.needs else None,
+                boxes=(self._boxes, self._counts),
+                image_size=self._image_size,
+                teacher_losses=self._teacher_losses(loss, pairs) if "teacher_losses" in loss.needs else None,
+            )
+            for name, loss in losses.items()
+        }
+
+    def _teacher_gradients(self, pairs: Pairs) -> list[Tensor | None]:
+        gradients = self.given_teacher_gradients or self._teacher.gradients or {}
+        return [gradients.get(name) for _, name in pairs]
+
+    def _taught(self, pairs: Pairs) -> list[bool]:
+        return [g is not None for g in self._teacher_gradients(pairs)]
+
+    def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> Tensor:
+        """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity."""
+        if getattr(loss, "granularity", None) not in LEVEL_GRANULARITIES:
+            return self._teacher.losses[None, :]
+        order = list(self._teacher.features)
+        return self._teacher.level_losses[[order.index(name) for _, name in pairs]]
+
+    def _student_levels(self, loss: DistillationLoss, chosen: Features, pairs: Pairs) -> list[Tensor]:
+        if not loss.compares_features:
+            return list(chosen.values())
+        key = tuple(chosen)
+        if key not in self._adapted:
+            self._adapted[key] = self.distiller.trainable["adapter"](chosen, [self._teacher.features[name] for _, name in pairs])
+        return self._adapted[key]
+
+    def _build(self, chosen: Features, pairs: Pairs) -> None:
+        if "adapter" in self.distiller.trainable:
+            unwrap(self.distiller.trainable["adapter"]).build(chosen, [self._teacher.features[name] for _, name in pairs])
+
+    def _evaluate(
+        self,
+        losses: dict[str, DistillationLoss],
+        chosen: Features,
+        gradients: list[Tensor | None] | None,
+        pairs: Pairs,
+    ) -> None:
+        sides = self._sides(losses, pairs)
+        for name, loss in losses.items():
+            taught = self._taught(pairs) if "teacher_gradients" in loss.needs else [True] * len(pairs)
+            terms = level_terms(loss, sides[name], self._student_levels(loss, chosen, pairs), gradients, taught)
+            value = loss.reduce(terms)
+            values = self.results.setdefault(name, [])
+            self.record.record(len(values), name, terms, value.detach())
+            values.append(value)
+
+    def _evaluate_explicit(self, losses: dict[str, Tensor]) -> None:
+        distiller = self.distiller
+        if self.given_student_gradients is not None:
+            found: Mapping[str, Tensor | None] = self.given_student_gradients
+        else:
+            if distiller.gradient_source == "pseudo":
+                student = unwrap(distiller.student)
+                with loss_mode(student), torch.random.fork_rng(devices=[]):
+                    task = pseudo_losses(distiller.adapter, student, self.frame[0], self.head_features)
+            else:
+                task = losses
+            unknown = set(distiller.task_weights) - set(task)
+            if unknown:
+                raise ValueError(f"task_weights: no task loss named {sorted(unknown)}; the detector gives {sorted(task)}")
+            weighted = {key: loss * distiller.task_weights.get(key, 1.0) for key, loss in task.items()}
+            second_order = any(getattr(loss, "grad_mode", None) == "second_order" for loss in distiller.losses.values())
+            found = scaled_gradients(weighted, self.copies, retain_graph=True, create_graph=second_order)
+        with_gradient, _ = self._split_losses()
+        for chosen, pairs in self.explicit:
+            self._evaluate(with_gradient, chosen, [found.get(name) for name in chosen], pairs)
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()
