@@ -1,0 +1,5 @@
+"""Builds the pure-Python package; pyproject.toml holds the metadata."""
+
+from setuptools import setup
+
+setup()
