@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn")
 SIZE = {"min_size": 96, "max_size": 128}
 
 
-def detector(family: str, seed: int = 0, backbone: str = "resnet18", classes: int = 4, **options: object) -> nn.Module:
-    """A detector of random weights that depend on `seed` alone, with all layers trainable, in training mode."""
+def detector(family: str, seed: int = 0, channels: int = 256, classes: int = 4, **options: object) -> nn.Module:
+    """A detector of random weights that depend on `seed` alone, all layers trainable, in training mode; `channels` of its pyramid."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "ssdlite":
             return ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes, **options).train()
-        options = {**SIZE, **options}
-        if family == "fasterrcnn":
-            return FasterRCNN(resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5), classes, **options).train()
-        body = resnet_fpn_backbone(
-            backbone_name=backbone, weights=None, trainable_layers=5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
-        )
-        return {"fcos": FCOS, "retinanet": RetinaNet}[family](body, classes, **options).train()
+        body = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
+        first = 1 if family == "fasterrcnn" else 2
+        layers = {f"layer{i}": str(i - first) for i in range(first, 5)}
+        extra = LastLevelMaxPool() if family == "fasterrcnn" else LastLevelP6P7(channels, channels)
+        backbone = BackboneWithFPN(body, layers, [64 * 2 ** (i - 1) for i in range(first, 5)], channels, extra)
+        kind = {"fcos": FCOS, "retinanet": RetinaNet, "fasterrcnn": FasterRCNN}[family]
+        return kind(backbone, classes, **{**SIZE, **options}).train()
 
 
 def batch(images: int = 2, seed: int = 0, classes: int = 4) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
