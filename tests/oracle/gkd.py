@@ -96,7 +96,8 @@ def _imitation_factors(t: Levels, g_t: Levels, options: GKD, boxes, image_size) 
     spatial, channel = [], []
     for level, features in enumerate(t):
         count, channels, height, width = features.shape
-        w = channel_weights(g_t[level], options.channel_weight).tolist()
+        # With weights per element the channel factor is that of their means, mean |g|.
+        w = channel_mean(g_t[level], "signed" if options.channel_weight == "signed" else "abs").tolist()
         out = zeros(count, channels)
         for n in range(count):
             total = math.fsum(abs(value) for value in w[n])
