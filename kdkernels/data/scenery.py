@@ -46,18 +46,12 @@ def make_canvas(rng: np.random.Generator) -> Canvas:
     flat = math.sqrt(1 - up * up)
     sun = (flat * math.cos(turn), up, flat * math.sin(turn))
     canvas = Canvas(camera, low, float(rng.choice((40.0, 90.0, 250.0))), sun, rng.uniform(0.35, 0.75))
-    rows = np.linspace(0, 1, HEIGHT * SCALE)[:, None, None] ** 0.8
-    sky = np.array(high) * (1 - rows) + np.array(low) * rows
-    clouds = rng.uniform(0, rng.choice((0.02, 0.12, 0.25)), (5, 9, 1))
-    sky = np.broadcast_to(sky, (HEIGHT * SCALE, WIDTH * SCALE, 3)) + _enlarge(clouds)
+    rows = np.linspace(0, 1, HEIGHT * SCALE, dtype=np.float32)[:, None, None] ** 0.8
+    sky = np.float32(high) * (1 - rows) + np.float32(low) * rows
+    clouds = Image.fromarray(rng.uniform(0, rng.choice((0.02, 0.12, 0.25)), (5, 9)).astype(np.float32))
+    sky = sky + np.asarray(clouds.resize(canvas.image.size, Image.Resampling.BICUBIC))[:, :, None]
     canvas.image.paste(Image.fromarray((sky.clip(0, 1) * 255).astype(np.uint8)))
     return canvas
-
-
-def _enlarge(grid: np.ndarray) -> np.ndarray:
-    """A coarse (h, w, 1) grid at painted size, bicubic."""
-    image = Image.fromarray(grid[:, :, 0].astype(np.float32))
-    return np.asarray(image.resize((WIDTH * SCALE, HEIGHT * SCALE), Image.Resampling.BICUBIC))[:, :, None]
 
 
 def paint_ground(canvas: Canvas, street: Street, rng: np.random.Generator) -> None:

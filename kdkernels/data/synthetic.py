@@ -154,7 +154,7 @@ def _develop(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     painted = canvas.image
     if rng.random() < 0.2:
         painted = painted.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 0.9)))
-    image = np.asarray(painted, dtype=np.float32).reshape(HEIGHT, SCALE, WIDTH, SCALE, 3).mean((1, 3)) / 255
+    image = np.asarray(painted.reduce(SCALE), dtype=np.float32) / 255
     grain = np.asarray(Image.fromarray(rng.normal(0, 0.05, (24, 80)).astype(np.float32)).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
     image *= 1 + grain[:, :, None]
     contrast, middle = rng.uniform(0.75, 1.1), rng.uniform(0.42, 0.56)
