@@ -22,7 +22,7 @@ from .interrupt import Interrupt
 from .logbook import Logbook, epoch_line, peak_memory
 from .machine import Machine
 from .optimizer import kd_factor, make_optimizer, make_scheduler
-from .result import NonFiniteError, TrainingInterrupted, TrainResult
+from .result import TrainingDiverged, TrainingInterrupted, TrainResult
 
 
 class Loop:
@@ -198,7 +198,7 @@ class Loop:
         what = ", ".join(terms) or "the gradient (every loss is finite)"
         self.log.line(f"step {self.step}: not finite: {what}{'; the weights were left as they are' if bad_gradient else ''}")
         if self.bad_steps >= self.config.nonfinite_patience:
-            raise NonFiniteError(f"training stopped at step {self.step}: {self.bad_steps} steps in a row were not finite: {what}")
+            raise TrainingDiverged(f"training stopped at step {self.step}: {self.bad_steps} steps in a row were not finite: {what}")
 
     def _end_epoch(self) -> None:
         epoch = math.ceil(self.step / self.feed.steps_per_epoch)

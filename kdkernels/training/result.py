@@ -37,5 +37,5 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C came; the step was finished and, with a run folder, a checkpoint written. Continue with `resume`."""
 
 
-class NonFiniteError(RuntimeError):
+class TrainingDiverged(RuntimeError):
     """Losses or gradients stayed non-finite for `nonfinite_patience` steps."""

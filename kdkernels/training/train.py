@@ -43,7 +43,7 @@ def train(
 
     Raises:
         ValueError: options that do not fit together, or a checkpoint of another run.
-        NonFiniteError: losses or gradients stayed non-finite; names the terms.
+        TrainingDiverged: losses or gradients stayed non-finite; names the terms.
         TrainingInterrupted: after Ctrl-C, once the step is done and the checkpoint written.
     """
     loop = Loop(model, spec, train_set, val_set, config or TrainConfig(), teacher, losses, console, progress, evaluate)
