@@ -1,0 +1,207 @@
+"""The configuration of a run: YAML file, flags and `--set`, in this order, with every key checked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdkernels import recipes
+from kdkernels.training.config import TrainConfig
+
+from .errors import UserError
+
+#: The whole configuration in a run folder (config.yaml beside it is the part that the trainer wrote).
+RUN_FILE = "run.yaml"
+
+DEFAULT_LOSSES = "gkd,bmfi"
+
+
+@dataclass
+class DataSection:
+    """root: folder of the data. val: folder of the validation data, or None for an 8:2 split of `root` by `split_seed`.
+
+    size: deliver images with a shorter side of this many pixels (they take less memory), or None for as they are; evaluation is in
+    those pixels. format, mapping, skip_bad: see `kdkernels.data.load_dataset`.
+    """
+
+    root: str | None = None
+    val: str | None = None
+    format: str = "kitti"
+    mapping: str = "strict"
+    split_seed: int = 0
+    size: int | None = None
+    skip_bad: bool = False
+
+
+@dataclass
+class ModelSection:
+    """`kdkernels.models.DetectorSpec` without num_classes, which the data has. None is what suits the detector, the data or the teacher."""
+
+    detector: str | None = None
+    backbone: str = "slim-student"
+    min_size: int | None = None
+    max_size: int | None = None
+    pretrained: bool | None = None
+    neck_channels: int | None = None
+    neck_norm: bool | None = None
+    head_convs: int | None = None
+    levels: int | None = None
+    anchor_scale: float | None = None
+    score_thresh: float | None = None
+    nms_thresh: float | None = None
+    detections: int | None = None
+
+
+@dataclass
+class RunConfig:
+    """Everything about a run.
+
+    losses: name -> description as `kdkernels.recipes.build_losses` takes it. teacher: a run folder or checkpoint.
+    """
+
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    teacher: str | None = None
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_yaml(self) -> str:
+        """YAML that `--config` reads back to the same configuration."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / (RUN_FILE + ".tmp")
+        temporary.write_text(self.to_yaml(), encoding="utf-8")
+        os.replace(temporary, folder / RUN_FILE)
+
+
+SECTIONS = {"data": DataSection, "model": ModelSection, "train": TrainConfig}
+KEYS = tuple(f.name for f in dataclasses.fields(RunConfig))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError with the path and the place."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path} should hold keys and values, holds a {type(values).__name__}")
+    return values or {}
+
+
+def make_config(
+    file: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = (), losses: str | None = None, aid: bool = False
+) -> RunConfig:
+    """The configuration from what a file holds, flags ({"train.epochs": 3}; None is "not given") and `--set` texts.
+
+    losses: comma-separated names that replace the file's losses. aid: weigh every loss by AID.
+    Raises UserError for unknown keys and wrong values.
+    """
+    values = copy.deepcopy(dict(file))
+    if losses is not None:
+        values["losses"] = {name.strip(): {} for name in losses.split(",") if name.strip()}
+    for key, value in flags.items():
+        if value is not None:
+            _put(values, key, value)
+    _expand_losses(values)
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {text}: write KEY=VALUE, such as train.weight_decay=0")
+        try:
+            _put(values, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: the value is not YAML: {error}") from error
+    config = _typed(values)
+    if aid:
+        config.losses = {name: recipes.with_aid(entry) for name, entry in config.losses.items()}
+    return config
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set "a.b.c" in nested dictionaries, making those on the way."""
+    *parents, last = key.split(".")
+    place = values
+    for i, name in enumerate(parents):
+        if not isinstance(place.get(name), dict):
+            if place.get(name) is not None:
+                raise UserError(f"{key}: {'.'.join(parents[: i + 1])} is a value and has no keys")
+            place[name] = {}
+        place = place[name]
+    place[last] = value
+
+
+def _expand_losses(values: dict[str, Any]) -> None:
+    losses = values.get("losses")
+    if losses is None:
+        return
+    if not isinstance(losses, dict):
+        raise UserError(f"losses should be name: options, is {losses!r}")
+    for name, entry in losses.items():
+        if not isinstance(entry, dict | None):
+            raise UserError(f"losses.{name} should be option: value, is {entry!r}")
+    try:
+        values["losses"] = {str(name): recipes.expand(str(name), entry) for name, entry in losses.items()}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _typed(values: dict[str, Any]) -> RunConfig:
+    _check_keys("", values, KEYS)
+    parts: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            raise UserError(f"{name} should be key: value, is {given!r}")
+        valid = tuple(f.name for f in dataclasses.fields(section))
+        _check_keys(name, given, valid)
+        try:
+            parts[name] = section(**{key: _plain(section, f"{name}.{key}", key, value) for key, value in given.items()})
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+    _expand_losses(values)
+    teacher = values.get("teacher")
+    return RunConfig(**parts, teacher=None if teacher is None else str(teacher), losses=values.get("losses") or {})
+
+
+def _check_keys(section: str, given: Mapping[str, Any], valid: Sequence[str]) -> None:
+    for key in given:
+        if key in valid:
+            continue
+        name = f"{section}.{key}" if section else str(key)
+        homes = [f"{s}.{key}" for s, kind in SECTIONS.items() if key in {f.name for f in dataclasses.fields(kind)}]
+        hint = f"did you mean {' or '.join(homes)}?" if homes else f"valid are {', '.join(valid)}"
+        raise UserError(f"unknown key {name}; {hint}")
+
+
+def _plain(section: type, where: str, key: str, value: Any) -> Any:
+    """The value in the type that the section declares (its annotations are text such as "int | None")."""
+    if section is TrainConfig:  # it checks its own
+        return value
+    hint = next(f.type for f in dataclasses.fields(section) if f.name == key)
+    kinds = [kind.strip() for kind in str(hint).split("|")]
+    if value is None and "None" in kinds:
+        return None
+    if "bool" in kinds and isinstance(value, bool):
+        return value
+    if "str" in kinds and isinstance(value, str | int | float | Path) and not isinstance(value, bool):
+        return str(value)
+    if "int" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if "float" in kinds and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise UserError(f"{where} is {value!r}, should be {' or '.join('nothing' if kind == 'None' else kind for kind in kinds)}")

