@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
@@ -25,8 +26,10 @@ class Machine:
         if config.mixed_precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
             raise ValueError("mixed_precision 'fp16' needs a GPU; on a CPU use 'bf16' or 'no'")
         self.config = config
+        cpu = config.device == "cpu" or not torch.cuda.is_available()
+        _forget_other_settings(cpu, config.mixed_precision)
         self._accelerator = Accelerator(
-            cpu=config.device == "cpu" or not torch.cuda.is_available(),
+            cpu=cpu,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation,
         )
@@ -123,3 +126,12 @@ class Machine:
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
         if self.scales and state is not None:
             self._accelerator.scaler.load_state_dict(state)
+
+
+def _forget_other_settings(cpu: bool, precision: str) -> None:
+    """Accelerate keeps the settings of its first Accelerator for the whole process and refuses others; a process may hold many runs."""
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        other_device = cpu and state.device.type != "cpu"
+        if other_device or state.mixed_precision != precision:
+            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
