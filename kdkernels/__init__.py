@@ -1,0 +1,43 @@
+"""Knowledge distillation for object detectors. Importing this needs torch and numpy only; the parts that drive detectors load at first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import functional
+from .backend import backend_info, set_backend
+from .losses import AIDLoss, BMFILoss, DistillationLoss, FusedLoss, GKDLoss, NonFinite, NonFiniteError
+
+if TYPE_CHECKING:
+    from .distiller import Distiller
+    from .tap import FeatureTap
+    from .teacher import Teacher
+
+__version__ = "0.1.0"
+__all__ = [
+    "AIDLoss",
+    "BMFILoss",
+    "DistillationLoss",
+    "Distiller",
+    "FeatureTap",
+    "FusedLoss",
+    "GKDLoss",
+    "NonFinite",
+    "NonFiniteError",
+    "Teacher",
+    "backend_info",
+    "functional",
+    "set_backend",
+]
+_LAZY = {"Distiller": "distiller", "FeatureTap": "tap", "Teacher": "teacher"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,101 @@
+"""AID: adaptive instance distillation (arXiv 2201.11097), a weight on any other loss."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pyramid import Pyramid, as_pyramid, check_choice
+from .base import DistillationLoss
+
+GRANULARITIES = ("image", "level x image", "level", "batch")
+
+
+class AIDSide(NamedTuple):
+    """The teacher's part of an AIDLoss."""
+
+    base: Any
+    weight: Tensor  # broadcasts to (L, N)
+
+
+class AIDLoss(DistillationLoss):
+    """exp(-alpha * t) times the base loss, t the teacher's own detection loss (arXiv 2201.11097): what the teacher gets wrong is imitated less.
+
+    base:        a loss of this library; its weight, reduction and on_nonfinite stay in force
+    alpha:       0.1 in the paper
+    granularity: how `teacher_losses` t is read. None: a scalar or a 2-D t, (L, N), (L, 1) or (1, N), as given. "image": (L, N) is summed over the
+                 levels, 1-D is (N,). "level": (L, N) is averaged over the images, 1-D is (L,). "level x image": 2-D, as given.
+                 "batch": the mean over images of the sum over levels. A scalar is one weight for all.
+
+    The weight is computed in fp32 and detached. t is never renormalised.
+    """
+
+    def __init__(self, base: DistillationLoss, alpha: float = 0.1, granularity: str | None = None):
+        if not isinstance(base, DistillationLoss):
+            raise TypeError(f"AIDLoss wraps a loss of this library (GKDLoss, BMFILoss, ...); got {type(base).__name__}")
+        if granularity is not None:
+            check_choice("granularity", granularity, GRANULARITIES)
+        super().__init__(base.weight, base.reduction, base.on_nonfinite)
+        self.base, self.alpha, self.granularity = base, alpha, granularity
+        self.needs = base.needs | {"teacher_losses"}
+        self.compares_features = base.compares_features
+        self.argument_names = base.argument_names
+
+    def inline_refusal(self) -> str | None:
+        return self.base.inline_refusal()
+
+    def forward(self, *args: Any, teacher_losses: Tensor | float | None = None, **kwargs: Any) -> Tensor:
+        """The base loss's arguments, and teacher_losses by keyword. Scalar, or (L, N) with the base's reduction="none".
+
+        Raises ValueError when t does not broadcast to (L, N), naming both shapes, or is 1-D while no granularity says what it is.
+        """
+        if len(args) > len(self.argument_names):
+            raise TypeError(f"{type(self.base).__name__} takes {len(self.argument_names)} arguments, got {len(args)}; pass teacher_losses= by keyword")
+        given = dict(zip(self.argument_names, args, strict=False))
+        repeated = sorted(given.keys() & kwargs.keys())
+        if repeated:
+            raise TypeError(f"AIDLoss got {', '.join(repeated)} twice")
+        unknown = sorted(kwargs.keys() - set(self.argument_names))
+        if unknown:
+            raise TypeError(f"{type(self.base).__name__} takes no argument {', '.join(unknown)}")
+        return self.evaluate(**given, **kwargs, teacher_losses=teacher_losses)
+
+    @torch.no_grad()
+    def teacher_side(
+        self,
+        teacher_features: Pyramid,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+        teacher_losses: Tensor | float | None = None,
+    ) -> AIDSide:
+        if teacher_losses is None:
+            raise ValueError("AIDLoss needs teacher_losses, which is missing")
+        levels, _ = as_pyramid("teacher_features", teacher_features)
+        shape = (len(levels), levels[0].shape[0]) if levels else (0, 0)
+        base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
+        t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=levels[0].device if levels else None)
+        return AIDSide(base, torch.exp(-self.alpha * self._arrange(t, shape)))
+
+    def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+        terms = self.base.terms(student_features, side.base, student_gradients)
+        return {name: value * side.weight for name, value in terms.items()}
+
+    def _arrange(self, t: Tensor, shape: tuple[int, int]) -> Tensor:
+        """t as it broadcasts to `shape` = (L, N)."""
+        if t.dim() == 0:
+            return t
+        given = tuple(t.shape)
+        if t.dim() == 1:
+            if self.granularity in (None, "level x image"):
+                raise ValueError(f'teacher_losses of shape {given} is 1-D: say granularity="image" or "level", or give 2-D of (levels, images) {shape}')
+            t = t[:, None] if self.granularity == "level" else t[None]
+        if t.dim() != 2 or any(g not in (1, s) for g, s in zip(t.shape, shape, strict=True)):
+            raise ValueError(f"teacher_losses of shape {given} does not broadcast to (levels, images) {shape} (granularity={self.granularity!r})")
+        if self.granularity == "image":
+            return t.sum(0, keepdim=True)
+        if self.granularity == "level":
+            return t.mean(1, keepdim=True)
+        return t.sum(0).mean() if self.granularity == "batch" else t

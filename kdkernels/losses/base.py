@@ -1,0 +1,152 @@
+"""What all losses share: the split into a teacher's side and terms, reduction, and the record of non-finite values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.box_mask import check_boxes
+from ..pyramid import Pyramid, check_choice
+from ..reference.box_mask import Boxes, is_padded
+
+REDUCTIONS = ("sum", "none")
+ON_NONFINITE = ("flag", "raise")
+# The argument that each member of `DistillationLoss.needs` asks for.
+ARGUMENTS = {
+    "student_gradients": ("student_gradients",),
+    "teacher_gradients": ("teacher_gradients",),
+    "boxes": ("boxes", "image_size"),
+    "teacher_losses": ("teacher_losses",),
+}
+
+
+class NonFinite(NamedTuple):
+    """Where a value was NaN or infinite: the first image seen of one term and level."""
+
+    loss: str
+    term: str
+    level: int
+    image: int
+
+
+class NonFiniteError(FloatingPointError):
+    """Raised by `on_nonfinite="raise"`; `found` lists where."""
+
+    def __init__(self, found: Sequence[NonFinite]):
+        self.found = list(found)
+        places = "; ".join(f"{f.loss}, term {f.term}, level {f.level}, image {f.image}" for f in found)
+        super().__init__(f"non-finite distillation loss: {places}")
+
+
+class DistillationLoss(nn.Module):
+    """Base of the losses.
+
+    A loss is `reduce(terms(student_features, teacher_side(...), student_gradients))`. `teacher_side` holds everything that does not depend on the
+    student, so that it can be made before the student's backward; `forward` puts the three together.
+
+    weight:       factor of all terms
+    reduction:    "sum" gives a scalar, "none" the (L, N) matrix of which it is the sum
+    on_nonfinite: "flag" keeps a code on the device until `check()`; "raise" looks at every value at once, which synchronises, and raises NonFiniteError
+    """
+
+    needs: frozenset[str] = frozenset()
+    compares_features: bool = False
+    argument_names: tuple[str, ...] = ("student_features", "teacher_features")
+
+    def __init__(self, weight: float = 1.0, reduction: str = "sum", on_nonfinite: str = "flag"):
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+        self.weight = float(weight)
+        self.reduction = reduction
+        self.on_nonfinite = on_nonfinite
+        # One (terms, L) tensor a kind of call: 0, or 1 + the first image with a non-finite value. Not buffers: state_dict stays empty.
+        self._flags: dict[tuple, Tensor] = {}
+
+    def inline_refusal(self) -> str | None:
+        """Why this loss cannot be computed inside the backward pass, where student gradients carry an unknown scale; None if it can."""
+        return None
+
+    def teacher_side(
+        self,
+        teacher_features: Pyramid,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+        teacher_losses: Tensor | None = None,
+    ) -> Any:
+        """Everything that does not depend on the student, detached; to be passed to `terms`."""
+        raise TypeError(f"{type(self).__name__} does not define teacher_side")
+
+    def terms(self, student_features: Pyramid, side: Any, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+        """Name of each term -> (L, N), fp32 (fp64 for fp64), with weight and normalisers inside."""
+        raise TypeError(f"{type(self).__name__} does not define terms")
+
+    def evaluate(self, student_features: Pyramid, teacher_features: Pyramid, **given: Any) -> Tensor:
+        """The loss from all arguments by name (those of FusedLoss); raises ValueError when one that it needs is missing."""
+        self.require(given)
+        student_gradients = given.pop("student_gradients", None)
+        side = self.teacher_side(teacher_features, **given)
+        return self.reduce(self.terms(student_features, side, student_gradients))
+
+    def require(self, given: dict[str, Any], name: str | None = None) -> None:
+        """Raises ValueError naming the loss and the argument unless `given` holds all that the loss needs."""
+        for need in sorted(self.needs):
+            for argument in ARGUMENTS[need]:
+                if given.get(argument) is None:
+                    label = type(self).__name__ if name is None else f"{name!r} ({type(self).__name__})"
+                    raise ValueError(f"{label} needs {argument}, which is missing")
+
+    def reduce(self, terms: dict[str, Tensor]) -> Tensor:
+        """Sum of the terms, (L, N) or its sum by `reduction`; records non-finite values."""
+        values = list(terms.values())
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        self._record(list(terms), values)
+        return total if self.reduction == "none" else total.sum()
+
+    def check(self) -> list[NonFinite]:
+        """Where values were non-finite since the last call: one entry a term and level, with the first image. Synchronises and clears."""
+        found = []
+        for (names, _, _), flags in self._flags.items():
+            for term, row in zip(names, flags.tolist(), strict=True):
+                found += [NonFinite(type(self).__name__, term, level, image - 1) for level, image in enumerate(row) if image]
+        self._flags.clear()
+        return found
+
+    @torch.no_grad()
+    def _record(self, names: list[str], values: list[Tensor]) -> None:
+        stacked = torch.stack([v.detach() for v in values])
+        if stacked.numel() == 0:
+            return
+        bad = ~stacked.isfinite()
+        first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
+        key = (tuple(names), stacked.shape[1], stacked.device)
+        flags = self._flags.get(key)
+        if flags is None or flags.is_inference():
+            self._flags[key] = first if flags is None else torch.where(flags == 0, first, flags)
+        else:
+            flags.copy_(torch.where(flags == 0, first, flags))
+        if self.on_nonfinite == "raise":
+            found = self.check()
+            if found:
+                raise NonFiniteError(found)
+
+
+def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int, int] | None, *options: Any) -> list[Tensor]:
+    """`ops.box_mask` for the levels of `features`, on their device. Raises ValueError unless there are boxes for each image, and an image size."""
+    if image_size is None:
+        raise ValueError("boxes were given without image_size, the (H, W) in pixels that the features cover")
+    check_boxes(boxes)
+    if len(features) == 0:
+        return []
+    images = boxes[0].shape[0] if is_padded(boxes) else len(boxes)
+    batch, device = features[0].shape[0], features[0].device
+    if images != batch:
+        raise ValueError(f"boxes are of {images} images, the features of {batch}")
+    return ops.box_mask([b.to(device) for b in boxes], image_size, [tuple(x.shape[2:]) for x in features], *options)

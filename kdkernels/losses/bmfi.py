@@ -1,0 +1,142 @@
+"""BMFI: bounding-box-aware multi-grained feature imitation (arXiv 2303.04240; formulas of the authors' released code)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.box_mask import background, check_mask_options
+from ..pyramid import Pyramid, as_pyramid, check_choice, check_match, stack_levels
+from .base import DistillationLoss, level_masks
+
+MASKS = ("gaussian", "exponential", "area", "binary")
+ATTENTION_SOURCES = ("teacher", "mean")
+
+
+class BMFISide(NamedTuple):
+    """The teacher's part of a BMFILoss."""
+
+    features: list[Tensor]  # (N, C, H, W), detached
+    names: list[str]
+    spatial: list[Tensor]  # attention S (N, H, W)
+    channel: list[Tensor]  # attention Ch (N, C)
+    mask: list[Tensor] | None  # M_fg (N, H, W)
+    background: list[Tensor] | None  # M_bg (N, H, W)
+
+
+class BMFILoss(DistillationLoss):
+    """Box-aware imitation at several grains. Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
+
+    With S and Ch the teacher's attention (`kdkernels.reference.attention`), M the box mask and E = sum_c Ch * (F_S - F_T)^2, per image and level:
+
+    region     = alpha   / N       * sum_hw M * S * E
+    attention  = gamma   / N       * (sum_c |Ch(F_S) - Ch(F_T)| + sum_hw |S(F_S) - S(F_T)|)
+    whole      = lambda_ / (N H W) * sum_hw S * E
+    background = beta_bg / N       * sum_hw B * S * E,   B = 1[M = 0] / the number of such cells
+
+    A term whose coefficient is 0 is not computed. Student and teacher need equal channels and sizes (adapter).
+
+    weight:         factor of the loss
+    temperature:    of the attention
+    mask:           gaussian | exponential | area (FGD) | binary, with `expand`, `placement`, `inner_ones`, `area_norm`: see `kdkernels.reference.box_mask`
+    attention_from: teacher | mean (S and Ch of the imitation are the detached mean of both networks', as FBKD)
+    reduction, on_nonfinite: see DistillationLoss
+    """
+
+    compares_features = True
+    argument_names = ("student_features", "teacher_features", "boxes", "image_size")
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        alpha: float = 1e-3,
+        gamma: float = 1e-3,
+        lambda_: float = 0.0,
+        beta_bg: float = 0.0,
+        temperature: float = 0.5,
+        mask: str = "gaussian",
+        expand: float = 2.0,
+        inner_ones: bool = True,
+        area_norm: bool = True,
+        placement: str = "centered",
+        attention_from: str = "teacher",
+        reduction: str = "sum",
+        on_nonfinite: str = "flag",
+    ):
+        super().__init__(weight, reduction, on_nonfinite)
+        check_choice("mask", mask, MASKS)
+        check_choice("attention_from", attention_from, ATTENTION_SOURCES)
+        check_mask_options(mask, expand, placement)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {temperature}")
+        if not any((alpha, gamma, lambda_, beta_bg)):
+            raise ValueError("BMFILoss: alpha, gamma, lambda_ and beta_bg are all 0, so there is nothing to compute")
+        self.alpha, self.gamma, self.lambda_, self.beta_bg = alpha, gamma, lambda_, beta_bg
+        self.temperature, self.attention_from = temperature, attention_from
+        self.mask, self.expand, self.inner_ones, self.area_norm, self.placement = mask, expand, inner_ones, area_norm, placement
+        self.needs = frozenset({"boxes"} if alpha or beta_bg else ())
+
+    def forward(
+        self, student_features: Pyramid, teacher_features: Pyramid, boxes: Any = None, image_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Scalar, or (L, N) with reduction="none".
+
+        boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover. Both may be
+        left out when alpha and beta_bg are 0. Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
+        """
+        return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size)
+
+    @torch.no_grad()
+    def teacher_side(
+        self,
+        teacher_features: Pyramid,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+        teacher_losses: Tensor | None = None,
+    ) -> BMFISide:
+        features, names = as_pyramid("teacher_features", teacher_features)
+        features = [x.detach() for x in features]
+        spatial, channel = ops.attention(features, self.temperature)
+        mask = outside = None
+        if self.needs:
+            self.require({"boxes": boxes, "image_size": image_size})
+            mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
+            outside = [background(m) for m in mask] if self.beta_bg else None
+        return BMFISide(features, names, spatial, channel, mask, outside)
+
+    def terms(self, student_features: Pyramid, side: BMFISide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+        features, names = as_pyramid("student_features", student_features)
+        check_match("student_features", features, names, "teacher_features", side.features, side.names)
+        batch = max(features[0].shape[0], 1) if features else 1
+        spatial, channel = side.spatial, side.channel
+        terms: dict[str, Tensor] = {}
+        own_spatial = own_channel = None
+        if self.gamma or self.attention_from == "mean":
+            own_spatial, own_channel = ops.attention(features, self.temperature)
+        if self.attention_from == "mean":
+            spatial = [((a + b) / 2).detach() for a, b in zip(own_spatial, spatial, strict=True)]
+            channel = [((a + b) / 2).detach() for a, b in zip(own_channel, channel, strict=True)]
+
+        def imitation(weights: list[Tensor]) -> Tensor:
+            return ops.feature_imitation(features, side.features, weights, channel)
+
+        if self.alpha:
+            terms["region"] = imitation([m * s for m, s in zip(side.mask, spatial, strict=True)]) * (self.weight * self.alpha / batch)
+        if self.gamma:
+            distance = [
+                (a - b).abs().sum((1, 2)) + (c - d).abs().sum(1)
+                for a, b, c, d in zip(own_spatial, side.spatial, own_channel, side.channel, strict=True)
+            ]
+            terms["attention"] = stack_levels(distance) * (self.weight * self.gamma / batch)
+        if self.lambda_:
+            mean = [s / (s.shape[1] * s.shape[2]) for s in spatial]
+            terms["whole"] = imitation(mean) * (self.weight * self.lambda_ / batch)
+        if self.beta_bg:
+            terms["background"] = imitation([m * s for m, s in zip(side.background, spatial, strict=True)]) * (
+                self.weight * self.beta_bg / batch
+            )
+        return terms

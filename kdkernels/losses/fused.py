@@ -1,0 +1,61 @@
+"""FusedLoss: several losses in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..pyramid import Pyramid
+from .base import DistillationLoss, NonFinite, NonFiniteError
+
+
+class FusedLoss(nn.Module):
+    """Evaluates several losses on the same features and returns a dict of the same keys; each value is exactly what that loss alone gives.
+
+    losses: name -> loss of this library. Every loss gets every argument that it knows, so boxes that are given for BMFI also weight GKD's imitation form.
+    needs:  all that the losses need together; compares_features: whether one of them does.
+    """
+
+    def __init__(self, losses: Mapping[str, DistillationLoss]):
+        super().__init__()
+        if not losses:
+            raise ValueError("FusedLoss needs at least one loss")
+        for name, loss in losses.items():
+            if not isinstance(loss, DistillationLoss):
+                raise TypeError(f"FusedLoss, {name!r}: expected a loss of this library (GKDLoss, BMFILoss, AIDLoss); got {type(loss).__name__}")
+        self.losses = nn.ModuleDict(losses)
+        self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
+        self.compares_features = any(loss.compares_features for loss in losses.values())
+
+    def forward(
+        self,
+        student_features: Pyramid,
+        teacher_features: Pyramid,
+        student_gradients: Pyramid | None = None,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+        teacher_losses: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """name -> scalar, or (L, N) by that loss's reduction. Raises ValueError naming the loss and the argument that it misses."""
+        given = {
+            "student_gradients": student_gradients,
+            "teacher_gradients": teacher_gradients,
+            "boxes": boxes,
+            "image_size": image_size,
+            "teacher_losses": teacher_losses,
+        }
+        values = {}
+        for name, loss in self.losses.items():
+            loss.require(given, name)
+            try:
+                values[name] = loss.evaluate(student_features, teacher_features, **given)
+            except NonFiniteError as error:
+                raise NonFiniteError([found._replace(loss=name) for found in error.found]) from None
+        return values
+
+    def check(self) -> list[NonFinite]:
+        """The non-finite values of all losses since the last call, under the losses' names here. Synchronises and clears."""
+        return [found._replace(loss=name) for name, loss in self.losses.items() for found in loss.check()]

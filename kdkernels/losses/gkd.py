@@ -1,0 +1,291 @@
+"""GKD: gradient-guided knowledge distillation (arXiv 2303.04240), as maps or as weights of a feature imitation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.map_distance import AVERAGES, DISTANCES, check_map_options
+from ..ops.weighted_channel_sum import ACTIVATIONS, RECTIFIERS
+from ..pyramid import Pyramid, accumulate, as_pyramid, check_choice, check_match, stack_levels
+from .base import DistillationLoss, level_masks
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "channel_weight": "signed",
+        "activation": "raw",
+        "rectify": "abs",
+        "normalize": "minmax",
+        "distance": "l1",
+        "eps": 1e-6,
+        "eps_mode": "relative",
+    },
+    "release": {
+        "channel_weight": "abs",
+        "activation": "abs",
+        "rectify": "relu",
+        "normalize": "minmax",
+        "distance": "l1",
+        "eps": 1e-7,
+        "eps_mode": "absolute",
+    },
+}
+FORMS = ("map", "imitation")
+CHANNEL_WEIGHTS = ("signed", "abs", "elementwise")
+BOX_WEIGHTS = ("none", "sqrt_mask")
+GRAD_MODES = ("detached_weights", "second_order", "none")
+
+
+class GKDSide(NamedTuple):
+    """The teacher's part of a GKDLoss. A level without a gradient is None in every list."""
+
+    shapes: list[tuple[int, ...]]  # of the teacher's features
+    names: list[str]
+    maps: list[Tensor | None]  # (N, H, W) before normalisation; of the imitation form: its spatial weights
+    boxes: Any
+    image_size: tuple[int, int] | None
+    features: list[Tensor] | None = None  # imitation only
+    channel: list[Tensor | None] | None = None  # imitation only: (N, C), of mean 1
+
+
+class GKDLoss(DistillationLoss):
+    """Gradient-guided distillation. Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
+
+    form="map" (arXiv 2303.04240, Eq. 1-4): per image and level, each network's map is M = normalize(rectify(sum_c w_c * activation(A_c))), w_c its channel
+    weights from the gradients of its own detection loss at its features, and the loss is sum_hw distance(M_S, M_T) / (N H W). Needs the gradients of
+    both; channels may differ, the teacher's map is resized where sizes differ.
+    form="imitation": 1/(N C H W) * sum spatial * channel * (F_S - F_T)^2 with channel = C |w_c| / sum_c |w_c| and spatial = the teacher's M, or 1
+    (`spatial=False`), times the gaussian box mask if boxes are given. Needs the teacher's gradients only, and equal channels and sizes.
+
+    weight:         factor of the loss
+    preset:         "paper" or "release": the options that are None take its values (`PRESETS`)
+    channel_weight: signed (mean of g, Eq. 1) | abs (mean of |g|, released) | elementwise (w = |g|; imitation's channel factor then is that of abs)
+    activation:     raw | abs (released);   rectify: abs (Eq. 3) | relu (released) | none
+    normalize:      minmax | softmax (with `temperature`) | zscore | none, see `kdkernels.reference.map_distance.normalize_map`
+    distance:       l1 | mse | smooth_l1;   average: nhw | n (divides by N only)
+    eps, eps_mode:  relative (independent of the gradients' scale) | absolute (released)
+    box_weight:     none | sqrt_mask: both maps are multiplied by the root of the gaussian box mask (map form; needs boxes)
+    grad_mode:      detached_weights | second_order (the student's weights keep their graph: its gradients must come from create_graph=True) |
+                    none (value only)
+    reduction, on_nonfinite: see DistillationLoss
+
+    A level whose gradient is None contributes 0, and so does, in the imitation form, an image with sum_c |w_c| = 0.
+    """
+
+    argument_names = ("student_features", "teacher_features", "student_gradients", "teacher_gradients", "boxes", "image_size")
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        preset: str = "paper",
+        form: str = "map",
+        spatial: bool = True,
+        channel_weight: str | None = None,
+        activation: str | None = None,
+        rectify: str | None = None,
+        normalize: str | None = None,
+        distance: str | None = None,
+        eps: float | None = None,
+        eps_mode: str | None = None,
+        temperature: float = 0.5,
+        average: str = "nhw",
+        box_weight: str = "none",
+        grad_mode: str = "detached_weights",
+        reduction: str = "sum",
+        on_nonfinite: str = "flag",
+    ):
+        super().__init__(weight, reduction, on_nonfinite)
+        check_choice("preset", preset, tuple(PRESETS))
+        chosen = PRESETS[preset]
+        self.preset, self.form, self.spatial = preset, form, spatial
+        self.channel_weight = chosen["channel_weight"] if channel_weight is None else channel_weight
+        self.activation = chosen["activation"] if activation is None else activation
+        self.rectify = chosen["rectify"] if rectify is None else rectify
+        self.normalize = chosen["normalize"] if normalize is None else normalize
+        self.distance = chosen["distance"] if distance is None else distance
+        self.eps = chosen["eps"] if eps is None else eps
+        self.eps_mode = chosen["eps_mode"] if eps_mode is None else eps_mode
+        self.temperature, self.average, self.box_weight, self.grad_mode = temperature, average, box_weight, grad_mode
+        self._check_options()
+        needs = {"teacher_gradients"}
+        if form == "map":
+            needs.add("student_gradients")
+        if box_weight != "none":
+            needs.add("boxes")
+        self.needs = frozenset(needs)
+        self.compares_features = form == "imitation"
+
+    def inline_refusal(self) -> str | None:
+        if self.form != "map":
+            return None
+        if self.grad_mode == "second_order":
+            return 'grad_mode="second_order" needs a graph of the student\'s gradients'
+        if self.normalize != "minmax":
+            return f'normalize="{self.normalize}" depends on the scale of the student\'s gradients'
+        if self.eps_mode == "absolute":
+            return 'eps_mode="absolute" depends on the scale of the student\'s gradients'
+        return None
+
+    def forward(
+        self,
+        student_features: Pyramid,
+        teacher_features: Pyramid,
+        student_gradients: Pyramid | None = None,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Scalar, or (L, N) with reduction="none". Gradients have their features' shapes; boxes and image_size are those of `ops.box_mask`.
+
+        Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
+        """
+        return self.evaluate(
+            student_features,
+            teacher_features,
+            student_gradients=student_gradients,
+            teacher_gradients=teacher_gradients,
+            boxes=boxes,
+            image_size=image_size,
+        )
+
+    @torch.no_grad()
+    def teacher_side(
+        self,
+        teacher_features: Pyramid,
+        teacher_gradients: Pyramid | None = None,
+        boxes: Any = None,
+        image_size: tuple[int, int] | None = None,
+        teacher_losses: Tensor | None = None,
+    ) -> GKDSide:
+        features, names = as_pyramid("teacher_features", teacher_features)
+        shapes = [tuple(x.shape) for x in features]
+        gradients = self._gradients("teacher", teacher_gradients, features, names)
+        if self.form == "map":
+            return GKDSide(shapes, names, self._maps(features, gradients), boxes, image_size)
+        features = [x.detach() for x in features]
+        return GKDSide(
+            shapes,
+            names,
+            self._spatial_weights(features, gradients, boxes, image_size),
+            boxes,
+            image_size,
+            features,
+            self._channel_factors(gradients),
+        )
+
+    def terms(self, student_features: Pyramid, side: GKDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+        features, names = as_pyramid("student_features", student_features)
+        imitates = self.form == "imitation"
+        check_match("student_features", features, names, "teacher_features", side.shapes, side.names, "NCHW" if imitates else "N")
+        if self.grad_mode == "none":
+            features = [x.detach() for x in features]
+        if imitates:
+            return {"imitation": self.weight * self._imitation(features, side)}
+        gradients = self._gradients("student", student_gradients, features, names)
+        if self.grad_mode != "second_order":
+            gradients = [None if g is None else g.detach() for g in gradients]
+        return {"map": self.weight * self._map_distance(features, gradients, side)}
+
+    def _map_distance(self, features: list[Tensor], gradients: list[Tensor | None], side: GKDSide) -> Tensor:
+        gradients = [None if m is None else g for g, m in zip(gradients, side.maps, strict=True)]
+        maps = self._maps(features, gradients)
+        keep = [i for i, m in enumerate(maps) if m is not None]
+        spatial = None
+        if self.box_weight == "sqrt_mask":
+            masks = level_masks([features[i] for i in keep], side.boxes, side.image_size)
+            spatial = [m.sqrt() for m in masks]
+        rows = ops.map_distance(
+            [maps[i] for i in keep],
+            [side.maps[i] for i in keep],
+            self.normalize,
+            self.distance,
+            self.eps,
+            self.eps_mode,
+            self.temperature,
+            self.average,
+            spatial,
+        )
+        return _scatter(rows, keep, features)
+
+    def _imitation(self, features: list[Tensor], side: GKDSide) -> Tensor:
+        keep = [i for i, c in enumerate(side.channel) if c is not None]
+        rows = ops.feature_imitation(
+            [features[i] for i in keep],
+            [side.features[i] for i in keep],
+            [side.maps[i] for i in keep] if side.maps else None,
+            [side.channel[i] for i in keep],
+        )
+        rows = stack_levels([row / max(features[i].numel(), 1) for row, i in zip(rows.unbind(0), keep, strict=True)])
+        return _scatter(rows, keep, features)
+
+    def _maps(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
+        keep = [i for i, g in enumerate(gradients) if g is not None]
+        given = [gradients[i] for i in keep]
+        weights = [accumulate(g).abs() for g in given] if self.channel_weight == "elementwise" else ops.channel_mean(given, self.channel_weight)
+        made, _, _ = ops.weighted_channel_sum([features[i] for i in keep], weights, self.activation, self.rectify)
+        maps: list[Tensor | None] = [None] * len(features)
+        for i, r in zip(keep, made, strict=True):
+            maps[i] = r
+        return maps
+
+    def _spatial_weights(
+        self, features: list[Tensor], gradients: list[Tensor | None], boxes: Any, image_size: tuple[int, int] | None
+    ) -> list[Tensor | None]:
+        """Per level M_T * box mask; an empty list when both are 1 everywhere."""
+        weights: list[Tensor | None] = []
+        if self.spatial:
+            for r in self._maps(features, gradients):
+                weights.append(None if r is None else ops.normalize_map(r, self.normalize, self.eps, self.eps_mode, self.temperature))
+        if boxes is not None:
+            masks = level_masks(features, boxes, image_size)
+            weights = [None if m is None else m * mask for m, mask in zip(weights, masks, strict=True)] if weights else list(masks)
+        return weights
+
+    def _channel_factors(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        mode = "signed" if self.channel_weight == "signed" else "abs"
+        factors: list[Tensor | None] = []
+        for g in gradients:
+            if g is None:
+                factors.append(None)
+                continue
+            w = ops.channel_mean([g], mode)[0].abs()
+            total = w.sum(1, keepdim=True)
+            factors.append(torch.where(total == 0, 0, w.shape[1] * (w / torch.where(total == 0, 1, total))))
+        return factors
+
+    @staticmethod
+    def _gradients(side: str, gradients: Pyramid | None, features: list[Tensor], names: Sequence[str]) -> list[Tensor | None]:
+        if gradients is None:
+            raise ValueError(f"GKDLoss needs {side}_gradients, which is missing")
+        levels, keys = as_pyramid(f"{side}_gradients", gradients, optional=True)
+        check_match(f"{side}_gradients", levels, keys, f"{side}_features", features, names)
+        return levels
+
+    def _check_options(self) -> None:
+        check_choice("form", self.form, FORMS)
+        check_choice("channel_weight", self.channel_weight, CHANNEL_WEIGHTS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("rectify", self.rectify, RECTIFIERS)
+        check_choice("distance", self.distance, DISTANCES)
+        check_choice("average", self.average, AVERAGES)
+        check_choice("box_weight", self.box_weight, BOX_WEIGHTS)
+        check_choice("grad_mode", self.grad_mode, GRAD_MODES)
+        check_map_options(self.normalize, self.eps, self.eps_mode, self.temperature)
+        if self.form == "imitation" and self.box_weight != "none":
+            raise ValueError('box_weight is of form="map"; form="imitation" uses the box mask whenever boxes are given')
+        signed_map = self.normalize == "zscore" or (self.normalize == "none" and self.rectify == "none")
+        if self.form == "imitation" and self.spatial and signed_map:
+            raise ValueError(f'normalize="{self.normalize}" gives negative spatial weights; form="imitation" needs another, or spatial=False')
+
+
+def _scatter(rows: Tensor, keep: list[int], features: list[Tensor]) -> Tensor:
+    """(L, N) with `rows` at the levels `keep` and 0 at those without gradients."""
+    if len(keep) == len(features):
+        return rows
+    zero = features[0].new_zeros(features[0].shape[0], dtype=rows.dtype if keep else torch.float32)
+    by_level = dict(zip(keep, rows.unbind(0), strict=True))
+    return torch.stack([by_level.get(i, zero) for i in range(len(features))])

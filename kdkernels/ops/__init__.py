@@ -1,0 +1,10 @@
+"""The primitives as the losses and `kdkernels.functional` call them: arguments checked, backend chosen, autocast off."""
+
+from .attention import attention
+from .box_mask import box_mask
+from .channel_mean import channel_mean
+from .feature_imitation import feature_imitation
+from .map_distance import map_distance, normalize_map
+from .weighted_channel_sum import weighted_channel_sum
+
+__all__ = ["attention", "box_mask", "channel_mean", "feature_imitation", "map_distance", "normalize_map", "weighted_channel_sum"]

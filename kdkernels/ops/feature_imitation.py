@@ -1,0 +1,34 @@
+"""`feature_imitation`: the weighted squared difference of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import backend
+from ..pyramid import Pyramid, as_pyramid, check_match, level_shapes
+from ..reference.feature_imitation import feature_imitation as reference
+
+backend.register("reference", "feature_imitation", reference)
+
+
+def feature_imitation(
+    s: Pyramid, t: Pyramid, spatial: Sequence[Tensor] | None = None, channel: Sequence[Tensor] | None = None
+) -> Tensor:
+    """sum_{c,h,w} spatial * channel * (s - t)^2, without a normaliser (BMFI's region and whole-map grains, GKD's imitation form).
+
+    s, t: pyramids of (N, C, H, W), each 16-bit, fp32 or fp64. spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None.
+    Returns (L, N), fp32 (fp64 if any is). Raises ValueError, naming both sides' level shapes, where they do not fit.
+    """
+    levels_s, names_s = as_pyramid("s", s)
+    levels_t, names_t = as_pyramid("t", t)
+    check_match("s", levels_s, names_s, "t", levels_t, names_t)
+    _check("spatial", spatial, [(x.shape[0], *x.shape[2:]) for x in levels_s])
+    _check("channel", channel, [tuple(x.shape[:2]) for x in levels_s])
+    return backend.call("feature_imitation", levels_s, levels_s, levels_t, spatial, channel)
+
+
+def _check(name: str, weights: Sequence[Tensor] | None, wanted: list[tuple[int, ...]]) -> None:
+    if weights is not None and [tuple(x.shape) for x in weights] != wanted:
+        raise ValueError(f"{name} has level shapes {level_shapes(weights)}, wanted {level_shapes(wanted)}")

@@ -1,0 +1,85 @@
+"""Feature pyramids: one form inside the library, and error messages that show both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pyramid = Sequence[Tensor] | Mapping[Any, Tensor]
+
+
+def as_pyramid(name: str, x: Pyramid, optional: bool = False) -> tuple[list[Tensor], list[str]]:
+    """Levels of a list, tuple or dict of (N, C_l, H_l, W_l) floating-point tensors, and the levels' names ("0", "1", ... for a list).
+
+    `name` is the argument's name for the errors. With `optional` a level may be None (a level that got no gradient).
+    Raises TypeError for anything that is not a pyramid, ValueError for a wrong number of dimensions, an empty level or batches that differ.
+    """
+    if isinstance(x, Mapping):
+        names, levels = [str(key) for key in x], list(x.values())
+    elif isinstance(x, Sequence):
+        names, levels = [str(i) for i in range(len(x))], list(x)
+    else:
+        raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, one a level; got {type(x).__name__}")
+    given = [level for level in levels if not (optional and level is None)]
+    for level, key in zip(levels, names, strict=True):
+        if optional and level is None:
+            continue
+        if not isinstance(level, Tensor) or not level.is_floating_point():
+            got = level.dtype if isinstance(level, Tensor) else type(level).__name__
+            raise TypeError(f"{name}, level {key}: expected a floating-point tensor, got {got}")
+        if level.dim() != 4 or 0 in level.shape[1:]:
+            raise ValueError(f"{name}, level {key}: expected shape (N, C, H, W) with C, H and W at least 1, got {tuple(level.shape)}")
+        if level.shape[0] != given[0].shape[0]:
+            raise ValueError(f"{name}: levels have different batch sizes: {level_shapes(levels, names)}")
+    return levels, names
+
+
+def level_shapes(levels: Sequence[Any], names: Sequence[str] | None = None) -> str:
+    """Readable list of level shapes; `levels` holds tensors, shapes or None."""
+    keys = [str(i) for i in range(len(levels))] if names is None else names
+    shapes = ["None" if x is None else str(tuple(x.shape if isinstance(x, Tensor) else x)) for x in levels]
+    return "[" + ", ".join(f"{key}: {shape}" for key, shape in zip(keys, shapes, strict=True)) + "]"
+
+
+def check_match(
+    name_a: str, a: Sequence[Any], names_a: Sequence[str], name_b: str, b: Sequence[Any], names_b: Sequence[str], axes: str = "NCHW"
+) -> None:
+    """Raises ValueError, with the level shapes of both sides, unless both have the same levels and agree in the axes named.
+
+    `a` and `b` hold tensors, shapes or None (which matches anything). Names are compared only when neither side has a list's names.
+    """
+    sides = f"{name_a} has {level_shapes(a, names_a)}, {name_b} has {level_shapes(b, names_b)}"
+    if len(a) != len(b):
+        raise ValueError(f"{name_a} and {name_b} have different numbers of levels ({len(a)} and {len(b)}): {sides}")
+    listed = [str(i) for i in range(len(a))]
+    if list(names_a) != list(names_b) and listed not in (list(names_a), list(names_b)):
+        raise ValueError(f"{name_a} and {name_b} must have the same levels in the same order: {sides}")
+    wanted = ["NCHW".index(axis) for axis in axes]
+    for x, y, key in zip(a, b, names_a, strict=True):
+        if x is None or y is None:
+            continue
+        shape_x, shape_y = (tuple(v.shape if isinstance(v, Tensor) else v) for v in (x, y))
+        if any(shape_x[i] != shape_y[i] for i in wanted):
+            hint = ""
+            if set(axes) == set("NCHW") and shape_x[0] == shape_y[0] and name_b == "teacher_features":
+                hint = "; this loss compares features element by element: bring the student to the teacher's channels and sizes with an adapter"
+            raise ValueError(f"level {key}: {name_a} has shape {shape_x}, {name_b} has shape {shape_y}{hint} ({sides})")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def accumulate(x: Tensor) -> Tensor:
+    """x in the type the maths is done in: fp32 for 16-bit tensors, unchanged for fp32 and fp64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def stack_levels(rows: Sequence[Tensor]) -> Tensor:
+    """(L, N) from L tensors (N,); (0, 0) for an empty pyramid."""
+    return torch.stack(list(rows)) if len(rows) else torch.zeros(0, 0)

@@ -1,0 +1,29 @@
+"""`feature_imitation`: the weighted squared difference of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..pyramid import accumulate, stack_levels
+
+
+def feature_imitation(
+    s: Sequence[Tensor], t: Sequence[Tensor], spatial: Sequence[Tensor] | None = None, channel: Sequence[Tensor] | None = None
+) -> Tensor:
+    """sum_{c,h,w} spatial * channel * (s - t)^2, without a normaliser (BMFI's region and whole-map grains, GKD's imitation form).
+
+    s, t: L tensors (N, C, H, W). spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None. Returns (L, N), fp32 (fp64 for fp64).
+    """
+    rows = []
+    for level, (a, b) in enumerate(zip(s, t, strict=True)):
+        d = accumulate(a) - accumulate(b)
+        d = d * d
+        if channel is not None:
+            d = d * channel[level][:, :, None, None]
+        if spatial is None:
+            rows.append(d.sum((1, 2, 3)))
+        else:
+            rows.append((d.sum(1) * spatial[level]).sum((1, 2)))
+    return stack_levels(rows)
