@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from . import kitti
+from . import coco, kitti
 from .dataset import DetectionDataset, resized
-from .images import probe_images
-from .records import BadDataError, Item, Problem
+from .images import Probe, probe_images
+from .records import Annotation, BadDataError, Item, Problem
 from .split import SPLITS, split_names
 
 FORMATS = ("kitti", "coco", "coco-traffic")
@@ -30,9 +32,9 @@ def load_dataset(
     """Read a data set.
 
     Args:
-        root: KITTI: the folder with `training/image_2` and `training/label_2`.
-        format: "kitti".
-        split: "train" or "val" of the seeded 8:2 split, or None for all images.
+        root: KITTI: the folder with `training/image_2` and `training/label_2`. COCO: the JSON file or its folder (`coco.find_coco`).
+        format: "kitti", "coco" (any COCO JSON) or "coco-traffic" (the 13 classes of COCO-Traffic and the images that have them).
+        split: "train" or "val", or None for all images. COCO's own two files are taken where they are; else it is the seeded 8:2 split.
         seed: of the split.
         mapping: "strict" or "grouped", KITTI only (`kitti.MAPPINGS`).
         skip_bad: leave out what has problems instead of raising. The image is the item: one bad line drops its image, because an object
@@ -63,26 +65,61 @@ def _read(
     for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    items, classes, problems = _read_kitti(root, split, seed, mapping, verify, progress)
-    if size is not None:
-        items = [resized(item, size) for item in items]
+    sources, classes, problems, whole = _kitti(root, mapping) if format == "kitti" else _coco(root, split, format == "coco-traffic")
+    if split is not None and whole:
+        sources = [sources[i] for i in split_names([source.name for source in sources], split, seed)]
+    items = []
+    for source, probe in zip(sources, probe_images([source.path for source in sources], verify, progress), strict=True):
+        found = _check(source, probe)
+        if isinstance(found, list):
+            problems += found
+        elif not source.bad:
+            items.append(found if size is None else resized(found, size))
     return DetectionDataset(items, classes, problems=problems)
 
 
-def _read_kitti(
-    root: Path, split: str | None, seed: int, mapping: str, verify: bool, progress: Progress | None
-) -> tuple[list[Item], list[str], list[Problem]]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """An image before it is looked at. `size` (width, height) is what the labels say it has, `bad` that problems are known already."""
+
+    path: Path
+    name: str
+    file_name: str
+    image_id: int
+    annotate: Callable[[int, int], tuple[list[Annotation], list[Problem]]]
+    size: tuple[int, int] | None = None
+    bad: bool = False
+
+
+def _check(source: _Source, probe: Probe) -> Item | list[Problem]:
+    """The item, or what is wrong with the image and its labels."""
+    if probe.error:
+        return [Problem(str(source.path), None, probe.error)]
+    if source.size is not None and source.size != (probe.width, probe.height):
+        wanted = f"{source.size[0]} x {source.size[1]}"
+        return [Problem(str(source.path), None, f"image of {probe.width} x {probe.height} pixels, the annotations say {wanted}")]
+    annotations, problems = source.annotate(probe.width, probe.height)
+    item = Item(source.path, source.name, source.file_name, source.image_id, probe.width, probe.height, tuple(annotations))
+    return problems or item
+
+
+_Read = tuple[list[_Source], list[str], list[Problem], bool]
+
+
+def _kitti(root: Path, mapping: str) -> _Read:
     frames, problems = kitti.find_frames(root)
-    if split is not None:
-        frames = [frames[i] for i in split_names([frame.name for frame in frames], split, seed)]
-    items = []
-    for frame, probe in zip(frames, probe_images([frame.image for frame in frames], verify, progress), strict=True):
-        if probe.error:
-            problems.append(Problem(str(frame.image), None, probe.error))
-            continue
-        annotations, found = kitti.read_labels(frame.label, probe.width, probe.height, mapping)
-        problems += found
-        if not found:
-            file_name = f"image_2/{frame.image.name}"
-            items.append(Item(frame.image, frame.name, file_name, frame.image_id, probe.width, probe.height, tuple(annotations)))
-    return items, list(kitti.CLASSES), problems
+    sources = [_Source(f.image, f.name, f.image.name, f.image_id, partial(kitti.read_labels, f.label, mapping=mapping)) for f in frames]
+    return sources, list(kitti.CLASSES), problems, True
+
+
+def _coco(root: Path, split: str | None, traffic: bool) -> _Read:
+    path, is_part = coco.find_coco(root, split)
+    parsed = coco.read_coco(path, traffic)
+    if isinstance(parsed, list):
+        raise BadDataError(parsed)
+    locate = coco.ImageFinder(path)
+    sources = [
+        _Source(locate(i.file_name), i.name, i.file_name, i.image_id, partial(coco.read_annotations, path, i), i.size, i.bad)
+        for i in parsed.images
+    ]
+    return sources, parsed.classes, parsed.problems, not is_part
