@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.adapters import pair_levels
-from kdkernels.inline import InlinePlan, InlineTap, Terms, level_terms
+from kdkernels.inline import InlinePlan, InlineTap, Terms
 from kdkernels.losses.base import DistillationLoss
 from kdkernels.tap import Features, unwrap
 from kdkernels.teacher import TeacherOutput, loss_mode, pseudo_losses, scaled_gradients
@@ -95,7 +95,7 @@ class DistillationCall:
         replaced = OrderedDict(features)
         if with_gradient and self.distiller.mode == "inline" and any(x.requires_grad for x in chosen.values()):
             record = partial(self.record.record, len(self._seen))
-            plan = InlinePlan(with_gradient, self._sides(with_gradient, pairs), self._taught(pairs), record)
+            plan = InlinePlan(with_gradient, self._sides(with_gradient, pairs), record)
             outputs = InlineTap.apply(plan, *chosen.values())
             for name, handle in zip(with_gradient, outputs[len(chosen) :], strict=True):
                 self._handles.setdefault(name, []).append(handle)
@@ -105,7 +105,7 @@ class DistillationCall:
                     "the student's tapped features need no gradient (frozen backbone), so no backward pass reaches them: "
                     "their losses are evaluated explicitly"
                 )
-            outputs = InlineTap.apply(InlinePlan({}, {}, [], self.record.record), *(_differentiable(x) for x in chosen.values()))
+            outputs = InlineTap.apply(InlinePlan({}, {}, self.record.record), *(_differentiable(x) for x in chosen.values()))
             self.copies.update(zip(chosen, outputs, strict=True))
             self.explicit.append((chosen, pairs))
         else:
@@ -172,25 +172,20 @@ class DistillationCall:
 
     def _sides(self, losses: dict[str, DistillationLoss], pairs: Pairs) -> dict[str, Any]:
         features = [self._teacher.features[name] for _, name in pairs]
-        gradients = self._teacher_gradients(pairs)
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(features, gradients, strict=True)]
+        given = self.given_teacher_gradients or self._teacher.gradients or {}
+        # None, a level that no gradient reached, stays None: the losses let it contribute 0.
+        gradients = [given.get(name) for _, name in pairs]
         return {
             name: loss.teacher_side(
                 features,
-                filled if "teacher_gradients" in loss.needs else None,
-                boxes=(self._boxes, self._counts),
-                image_size=self._image_size,
+                gradients if "teacher_gradients" in loss.needs else None,
+                # Only where needed: boxes that are merely given would put GKD's imitation form inside their mask.
+                boxes=(self._boxes, self._counts) if "boxes" in loss.needs else None,
+                image_size=self._image_size if "boxes" in loss.needs else None,
                 teacher_losses=self._teacher_losses(loss, pairs) if "teacher_losses" in loss.needs else None,
             )
             for name, loss in losses.items()
         }
-
-    def _teacher_gradients(self, pairs: Pairs) -> list[Tensor | None]:
-        gradients = self.given_teacher_gradients or self._teacher.gradients or {}
-        return [gradients.get(name) for _, name in pairs]
-
-    def _taught(self, pairs: Pairs) -> list[bool]:
-        return [g is not None for g in self._teacher_gradients(pairs)]
 
     def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> Tensor:
         """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity."""
@@ -220,8 +215,7 @@ class DistillationCall:
     ) -> None:
         sides = self._sides(losses, pairs)
         for name, loss in losses.items():
-            taught = self._taught(pairs) if "teacher_gradients" in loss.needs else [True] * len(pairs)
-            terms = level_terms(loss, sides[name], self._student_levels(loss, chosen, pairs), gradients, taught)
+            terms = loss.terms(self._student_levels(loss, chosen, pairs), sides[name], gradients)
             value = loss.reduce(terms)
             values = self.results.setdefault(name, [])
             self.record.record(len(values), name, terms, value.detach())

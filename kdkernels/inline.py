@@ -20,26 +20,6 @@ from kdkernels.losses.base import DistillationLoss
 Terms = dict[str, Tensor]
 
 
-def level_terms(
-    loss: DistillationLoss,
-    side: Any,
-    student: Sequence[Tensor],
-    gradients: Sequence[Tensor | None] | None,
-    taught: Sequence[bool],
-) -> Terms:
-    """Terms (L, N) of one loss; a level that no gradient reached (in the student, or `taught` False: in the teacher) is 0."""
-    present = list(taught)
-    filled = None
-    if gradients is not None:
-        present = [known and g is not None for known, g in zip(taught, gradients, strict=True)]
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(student, gradients, strict=True)]
-    terms = loss.terms(student, side, filled)
-    if all(present):
-        return terms
-    mask = torch.tensor(present, device=student[0].device)[:, None]
-    return {name: torch.where(mask, term, torch.zeros_like(term)) for name, term in terms.items()}
-
-
 class InlinePlan:
     """What the backward of one tap call needs; lives in that call's autograd context and nowhere else."""
 
@@ -47,12 +27,10 @@ class InlinePlan:
         self,
         losses: dict[str, DistillationLoss],
         sides: dict[str, Any],
-        taught: Sequence[bool],
         record: Callable[[str, Terms, Tensor], None],
     ) -> None:
         self.losses = losses
         self.sides = sides
-        self.taught = taught
         self.record = record
 
     def gradient(
@@ -66,7 +44,7 @@ class InlinePlan:
             if d is None:
                 continue
             with torch.enable_grad():
-                terms = level_terms(loss, self.sides[name], leaves, gradients, self.taught)
+                terms = loss.terms(leaves, self.sides[name], gradients)
                 value = loss.reduce(terms)
                 self.record(name, terms, value.detach())
                 if value.requires_grad:
