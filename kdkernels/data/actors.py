@@ -102,6 +102,10 @@ def _car(canvas: Canvas, actor: Actor, rng: np.random.Generator) -> None:
             solid.face([(end, y0, -wide), (end, y1, -wide), (end, y1, wide), (end, y0, wide)], centre, colour)
 
 
+# Thinner limbs than these end in fractions of a pixel, and the box's edges with them.
+STOUT = 1.4
+
+
 class _Flat:
     """A picture that always faces the camera: local metres (right, up) at a place on the ground."""
 
@@ -113,7 +117,7 @@ class _Flat:
         return self.canvas.camera.point(self.x + right * self.stretch, up, self.z)
 
     def limb(self, a: Point, b: Point, wide_a: float, wide_b: float, colour: Colour) -> None:
-        self.canvas.limb(self.at(*a), self.at(*b), wide_a * self.scale, wide_b * self.scale, colour)
+        self.canvas.limb(self.at(*a), self.at(*b), STOUT * wide_a * self.scale, STOUT * wide_b * self.scale, colour)
 
     def blob(self, centre: Point, rx: float, ry: float, colour: Colour) -> None:
         self.canvas.ellipse(*self.at(*centre), rx * self.scale, ry * self.scale, colour)

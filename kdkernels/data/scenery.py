@@ -12,6 +12,8 @@ from .actors import bicycle, cloth
 from .canvas import HEIGHT, SCALE, WIDTH, Camera, Canvas, Colour, Solid, mix, scaled
 
 CLUTTER = ("tree", "bush", "lamp", "sign", "lights", "bin", "kiosk", "post", "bicycle", "poster", "hydrant")
+# Riderless bicycles and posters of people are rare: traps, not the task.
+CLUTTER_SHARE = (0.16, 0.1, 0.12, 0.16, 0.1, 0.08, 0.08, 0.1, 0.03, 0.03, 0.04)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from .actors import Actor, ground_shadow, make_actor, paint_actor
 from .canvas import HEIGHT, SCALE, WIDTH, Canvas
 from .kitti import kitti_box
-from .scenery import CLUTTER, Street, make_canvas, make_street, paint_clutter, paint_ground, paint_walls
+from .scenery import CLUTTER, CLUTTER_SHARE, Street, make_canvas, make_street, paint_clutter, paint_ground, paint_walls
 
 MAX_OCCLUDED = 0.65
 MIN_HEIGHT, MIN_WIDTH = 7.0, 2.5
@@ -92,7 +92,7 @@ def _place(rng: np.random.Generator, street: Street) -> list[Actor]:
             heading = rng.uniform(0, 2 * math.pi)
         if abs(x) > reach + 0.8:
             x = rng.uniform(-reach, reach)
-        size = int(rng.integers(2, 4)) if kind == "Pedestrian" and rng.random() < 0.15 else 1
+        size = int(rng.integers(2, 4)) if kind == "Pedestrian" and rng.random() < 0.1 else 1
         for _ in range(size):
             actor = make_actor(rng, kind, float(x), float(z), float(heading))
             if actor.z > 2.6 + actor.size[2] / 2 - 0.6 and all(_apart(actor, other) for other in actors):
@@ -107,11 +107,11 @@ def _apart(a: Actor, b: Actor) -> bool:
 
 def _clutter(rng: np.random.Generator, street: Street) -> list[tuple[str, float, float]]:
     things = []
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(2, 7)):
         sign = rng.choice((-1, 1))
         border = street.left if sign < 0 else street.right
         z = math.exp(rng.uniform(math.log(4), math.log(30)))
-        things.append((str(rng.choice(CLUTTER)), float(border + sign * abs(rng.normal(0.6, 1.6))), z))
+        things.append((str(rng.choice(CLUTTER, p=CLUTTER_SHARE)), float(border + sign * abs(rng.normal(0.6, 1.6))), z))
     return things
 
 

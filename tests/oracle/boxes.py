@@ -115,11 +115,11 @@ def box_mask(
 
 
 def background(foreground: np.ndarray) -> np.ndarray:
-    """M_bg = 1[M_fg == 0] / count per image; 0 where the boxes leave no background."""
+    """M_bg = 1[M_fg == 0] / count per image, in fp32; 0 where the boxes leave no background."""
     count, height, width = foreground.shape
     out = zeros(count, height, width)
     for n in range(count):
         free = [(v, u) for v in range(height) for u in range(width) if foreground[n, v, u] == 0.0]
         for v, u in free:
-            out[n][v][u] = 1.0 / len(free)
+            out[n][v][u] = float(F(1.0 / len(free)))
     return array(out, count, height, width)
