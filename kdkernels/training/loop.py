@@ -21,7 +21,7 @@ from .initialise import freeze_batchnorm, init_student, state_hash
 from .interrupt import Interrupt
 from .logbook import Logbook, epoch_line, peak_memory
 from .machine import Machine
-from .optimizer import kd_factor, make_optimizer, make_scheduler
+from .optimizer import kd_factor, make_optimizer, set_rate
 from .result import TrainingDiverged, TrainingInterrupted, TrainResult
 
 
@@ -87,7 +87,6 @@ class Loop:
         extra = self.distiller.trainable.parameters() if self.distiller is not None else ()
         self.parameters = [p for p in (*self.student.parameters(), *extra) if p.requires_grad]
         self.optimizer = machine.wrap_optimizer(make_optimizer(config, self.parameters))
-        self.scheduler = make_scheduler(config, self.optimizer.optimizer, self.total)
 
     def close(self) -> None:
         if self.distiller is not None:
@@ -139,12 +138,12 @@ class Loop:
         """One optimiser step; returns whether the run should stop after it."""
         machine, start = self.machine, time.perf_counter()
         factor = kd_factor(self.config, self.step, self.total)
+        rate = set_rate(self.config, self.optimizer, self.step, self.total)
         values: dict[str, Tensor] = {}
         for images, targets in batches:
             for name, value in self._backward(images, targets, factor).items():
                 values[name] = values.get(name, 0) + value.detach().float() / len(batches)
         norm = machine.clip(self.parameters, self.config.clip_norm)
-        rate = self.scheduler.get_last_lr()[0]
         bad_gradient = not math.isfinite(norm)
         if bad_gradient and not machine.scales:
             self.optimizer.zero_grad()
@@ -153,7 +152,6 @@ class Loop:
             self.optimizer.zero_grad()
             if self.ema is not None and not bad_gradient:
                 self.ema.update(self.model)
-        self.scheduler.step()
         numbers, stop = machine.average(values, self.interrupt.requested)
         elapsed = time.perf_counter() - start
         self.data_order = self.feed.extend_hash(self.data_order, epoch, in_epoch)
@@ -241,7 +239,6 @@ class Loop:
             "ema": _plain(self.ema.model) if self.ema is not None else None,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.machine.scaler_state(),
             "distiller": self.distiller.state_dict() if self.distiller is not None else None,
             "random": states,
@@ -261,7 +258,6 @@ class Loop:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.machine.load_scaler_state(state["scaler"])
         if self.distiller is not None:
             self.distiller.load_state_dict(state["distiller"])

@@ -32,9 +32,12 @@ def rate_factor(config: TrainConfig, step: int, total: int) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """`rate_factor` as a scheduler that is stepped once per optimiser step."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(config, step, total))
+def set_rate(config: TrainConfig, optimizer: torch.optim.Optimizer, step: int, total: int) -> float:
+    """Give the optimiser the learning rate of step `step` (from 0) of `total`; returns it."""
+    rate = config.peak_rate * rate_factor(config, step, total)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def kd_factor(config: TrainConfig, step: int, total: int) -> float:
