@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from kdkernels.training import Ema, TrainConfig, checkpoint, init_student
 from kdkernels.training.feed import Feed
 from kdkernels.training.initialise import body, freeze_batchnorm, state_hash
 from kdkernels.training.interrupt import Interrupt
+from kdkernels.training.logbook import Logbook
 from kdkernels.training.optimizer import kd_factor, make_optimizer, rate_factor, set_rate
 
 
@@ -215,3 +218,27 @@ def test_second_ctrl_c_interrupts_at_once() -> None:
 
 def test_students_of_a_seed_are_alike() -> None:
     assert same_state(student(3).state_dict(), student(3, SPEC).state_dict()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Logbook(None, total=4, done=0, console=True) as log:
+            log.step({"step": 2, "loss": 0.5})
+            log.line("epoch 1/2 [x]")
+        seen.append(stream.getvalue())
+    assert "2/4" in seen[0] and "epoch 1/2 [x]" in seen[0]
+    assert seen[1] == "epoch 1/2 [x]\n"
+
+
+def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with Logbook(tmp_path, total=4, done=2, console=False) as log:
+        log.step({"step": 3, "loss": float("inf")})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}', '{"step": 3, "loss": "inf"}']
