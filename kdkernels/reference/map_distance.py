@@ -26,7 +26,8 @@ def normalize_map(
     if normalize == "none":
         return r
     if normalize == "softmax":
-        return (r.shape[1] * r.shape[2]) * (r / temperature).flatten(1).softmax(1).view_as(r)
+        # The softmax of -inf is an innocent 0; -inf * 0 is NaN.
+        return (r.shape[1] * r.shape[2]) * (r / temperature).flatten(1).softmax(1).view_as(r) + r * 0
     if normalize == "minmax":
         y = r - r.amin((1, 2), keepdim=True)
         m = y.amax((1, 2), keepdim=True)
@@ -35,7 +36,8 @@ def normalize_map(
         y = r - r.mean((1, 2), keepdim=True)
         variance = (y * y).mean((1, 2), keepdim=True)
         # A rounded mean leaves a small rest on a constant map: its range, not its variance, tells. A variance can also underflow.
-        constant = (r.amax((1, 2), keepdim=True) == r.amin((1, 2), keepdim=True)) | (variance == 0)
+        # The difference, because infinity equals itself: a map of infinities is not constant.
+        constant = (r.amax((1, 2), keepdim=True) - r.amin((1, 2), keepdim=True) == 0) | (variance == 0)
         m = torch.where(constant, 1, variance).sqrt()
     denominator = m * (1 + eps) + torch.finfo(r.dtype).tiny if eps_mode == "relative" else m + eps
     # The inner `where` keeps 0/0 out of the backward, the outer one takes the gradient away.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..pyramid import accumulate
@@ -25,5 +26,8 @@ def weighted_channel_sum(
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
         raw = (values * weight).sum(1)
-        maps.append(raw.abs() if rectify == "abs" else raw.relu() if rectify == "relu" else raw)
+        if rectify == "relu":
+            # relu() would make an innocent 0 of a sum of -inf, which an overflowed gradient brings; -inf * 0 is NaN.
+            raw = torch.where(raw > 0, raw, raw * 0)
+        maps.append(raw.abs() if rectify == "abs" else raw)
     return maps, [r.amin((1, 2)) for r in maps], [r.amax((1, 2)) for r in maps]
