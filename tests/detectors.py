@@ -14,7 +14,7 @@ FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn")
 SIZE = {"min_size": 96, "max_size": 128}
 
 
-def detector(family: str, seed: int = 0, channels: int = 256, classes: int = 4, **options: object) -> nn.Module:
+def detector(family: str, seed: int = 0, channels: int = 64, classes: int = 4, **options: object) -> nn.Module:
     """A detector of random weights that depend on `seed` alone, all layers trainable, in training mode; `channels` of its pyramid."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -26,7 +26,8 @@ def detector(family: str, seed: int = 0, channels: int = 256, classes: int = 4, 
         extra = LastLevelMaxPool() if family == "fasterrcnn" else LastLevelP6P7(channels, channels)
         backbone = BackboneWithFPN(body, layers, [64 * 2 ** (i - 1) for i in range(first, 5)], channels, extra)
         kind = {"fcos": FCOS, "retinanet": RetinaNet, "fasterrcnn": FasterRCNN}[family]
-        return kind(backbone, classes, **{**SIZE, **options}).train()
+        few = {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 32, "rpn_batch_size_per_image": 64}
+        return kind(backbone, classes, **{**SIZE, **(few if family == "fasterrcnn" else {}), **options}).train()
 
 
 def batch(images: int = 2, seed: int = 0, classes: int = 4) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
