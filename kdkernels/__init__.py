@@ -1,4 +1,7 @@
-"""Knowledge distillation for object detectors. Importing this needs torch and numpy only; the parts that drive detectors load at first use."""
+"""Knowledge distillation for object detectors.
+
+Importing this needs torch and numpy only; the parts that drive detectors load at first use.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def set_backend(name: str) -> None:
 def backend_info() -> dict[str, dict[str, Any]]:
     """What each backend is: {"reference" | "triton" | "native": {"available", "active", "reason", "version"}}.
 
-    `active`: what the present choice resolves to. `reason`: why it is not available, "" when it is. `version`: of the software underneath, or None.
+    `active`: what the present choice resolves to. `reason`: why it is not available, "" when it is.
+    `version`: of the software underneath, or None.
     """
     versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": None}
     usable = _choice in ("auto", "reference")

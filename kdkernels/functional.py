@@ -1,4 +1,7 @@
-"""The library without modules: one function a primitive, one a method. Stateless: `on_nonfinite="flag"` has nowhere to keep a flag and does nothing."""
+"""The library without modules: one function a primitive, one a method.
+
+Stateless: `on_nonfinite="flag"` has nowhere to keep a flag and does nothing; "raise" works.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def check_match(
         if any(shape_x[i] != shape_y[i] for i in wanted):
             hint = ""
             if set(axes) == set("NCHW") and shape_x[0] == shape_y[0] and name_b == "teacher_features":
-                hint = "; this loss compares features element by element: bring the student to the teacher's channels and sizes with an adapter"
+                hint = "; features are compared element by element: bring the student to the teacher's shape with an adapter"
             raise ValueError(f"level {key}: {name_a} has shape {shape_x}, {name_b} has shape {shape_y}{hint} ({sides})")
 
 

@@ -21,13 +21,19 @@ class AIDSide(NamedTuple):
 
 
 class AIDLoss(DistillationLoss):
-    """exp(-alpha * t) times the base loss, t the teacher's own detection loss (arXiv 2201.11097): what the teacher gets wrong is imitated less.
+    """exp(-alpha * t) times the base loss, t the teacher's own detection loss (arXiv 2201.11097).
+
+    What the teacher gets wrong is imitated less.
+
 
     base:        a loss of this library; its weight, reduction and on_nonfinite stay in force
     alpha:       0.1 in the paper
-    granularity: how `teacher_losses` t is read. None: a scalar or a 2-D t, (L, N), (L, 1) or (1, N), as given. "image": (L, N) is summed over the
-                 levels, 1-D is (N,). "level": (L, N) is averaged over the images, 1-D is (L,). "level x image": 2-D, as given.
-                 "batch": the mean over images of the sum over levels. A scalar is one weight for all.
+    granularity: how `teacher_losses` t is read. None: a scalar or a 2-D t, (L, N), (L, 1) or (1, N), as given.
+                 "image": (L, N) is summed over the levels, 1-D is (N,).
+                 "level": (L, N) is averaged over the images, 1-D is (L,).
+                 "level x image": 2-D, as given.
+                 "batch": the mean over images of the sum over levels.
+                 A scalar is one weight for all.
 
     The weight is computed in fp32 and detached. t is never renormalised.
     """
@@ -52,7 +58,8 @@ class AIDLoss(DistillationLoss):
         Raises ValueError when t does not broadcast to (L, N), naming both shapes, or is 1-D while no granularity says what it is.
         """
         if len(args) > len(self.argument_names):
-            raise TypeError(f"{type(self.base).__name__} takes {len(self.argument_names)} arguments, got {len(args)}; pass teacher_losses= by keyword")
+            known = len(self.argument_names)
+            raise TypeError(f"{type(self.base).__name__} takes {known} arguments, got {len(args)}; pass teacher_losses= by keyword")
         given = dict(zip(self.argument_names, args, strict=False))
         repeated = sorted(given.keys() & kwargs.keys())
         if repeated:
@@ -90,10 +97,14 @@ class AIDLoss(DistillationLoss):
         given = tuple(t.shape)
         if t.dim() == 1:
             if self.granularity in (None, "level x image"):
-                raise ValueError(f'teacher_losses of shape {given} is 1-D: say granularity="image" or "level", or give 2-D of (levels, images) {shape}')
+                raise ValueError(
+                    f'teacher_losses of shape {given} is 1-D: say granularity="image" or "level", or give (levels, images) = {shape}'
+                )
             t = t[:, None] if self.granularity == "level" else t[None]
         if t.dim() != 2 or any(g not in (1, s) for g, s in zip(t.shape, shape, strict=True)):
-            raise ValueError(f"teacher_losses of shape {given} does not broadcast to (levels, images) {shape} (granularity={self.granularity!r})")
+            raise ValueError(
+                f"teacher_losses of shape {given} does not broadcast to (levels, images) = {shape} (granularity={self.granularity!r})"
+            )
         if self.granularity == "image":
             return t.sum(0, keepdim=True)
         if self.granularity == "level":

@@ -45,12 +45,13 @@ class NonFiniteError(FloatingPointError):
 class DistillationLoss(nn.Module):
     """Base of the losses.
 
-    A loss is `reduce(terms(student_features, teacher_side(...), student_gradients))`. `teacher_side` holds everything that does not depend on the
-    student, so that it can be made before the student's backward; `forward` puts the three together.
+    A loss is `reduce(terms(student_features, teacher_side(...), student_gradients))`. `teacher_side` holds everything that does not
+    depend on the student, so that it can be made before the student's backward; `forward` puts the three together.
 
     weight:       factor of all terms
     reduction:    "sum" gives a scalar, "none" the (L, N) matrix of which it is the sum
-    on_nonfinite: "flag" keeps a code on the device until `check()`; "raise" looks at every value at once, which synchronises, and raises NonFiniteError
+    on_nonfinite: "flag" keeps a code on the device until `check()`; "raise" looks at every value at once, which synchronises, and
+                  raises NonFiniteError
     """
 
     needs: frozenset[str] = frozenset()
@@ -139,7 +140,10 @@ class DistillationLoss(nn.Module):
 
 
 def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int, int] | None, *options: Any) -> list[Tensor]:
-    """`ops.box_mask` for the levels of `features`, on their device. Raises ValueError unless there are boxes for each image, and an image size."""
+    """`ops.box_mask` for the levels of `features`, on their device.
+
+    Raises ValueError unless there are boxes for each image, and an image size.
+    """
     if image_size is None:
         raise ValueError("boxes were given without image_size, the (H, W) in pixels that the features cover")
     check_boxes(boxes)

@@ -28,9 +28,10 @@ class BMFISide(NamedTuple):
 
 
 class BMFILoss(DistillationLoss):
-    """Box-aware imitation at several grains. Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
+    """Box-aware imitation at several grains.
 
-    With S and Ch the teacher's attention (`kdkernels.reference.attention`), M the box mask and E = sum_c Ch * (F_S - F_T)^2, per image and level:
+    Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64). With S and Ch the teacher's
+    attention (`kdkernels.reference.attention`), M the box mask and E = sum_c Ch * (F_S - F_T)^2, per image and level:
 
     region     = alpha   / N       * sum_hw M * S * E
     attention  = gamma   / N       * (sum_c |Ch(F_S) - Ch(F_T)| + sum_hw |S(F_S) - S(F_T)|)
@@ -41,7 +42,8 @@ class BMFILoss(DistillationLoss):
 
     weight:         factor of the loss
     temperature:    of the attention
-    mask:           gaussian | exponential | area (FGD) | binary, with `expand`, `placement`, `inner_ones`, `area_norm`: see `kdkernels.reference.box_mask`
+    mask:           gaussian | exponential | area (FGD) | binary, with `expand`, `placement`, `inner_ones`, `area_norm`: see
+                    `kdkernels.reference.box_mask`
     attention_from: teacher | mean (S and Ch of the imitation are the detached mean of both networks', as FBKD)
     reduction, on_nonfinite: see DistillationLoss
     """
@@ -84,8 +86,9 @@ class BMFILoss(DistillationLoss):
     ) -> Tensor:
         """Scalar, or (L, N) with reduction="none".
 
-        boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover. Both may be
-        left out when alpha and beta_bg are 0. Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
+        boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover.
+        Both may be left out when alpha and beta_bg are 0. Raises ValueError for a missing argument or shapes that do not fit, naming
+        both sides' level shapes.
         """
         return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size)
 

@@ -12,9 +12,11 @@ from .base import DistillationLoss, NonFinite, NonFiniteError
 
 
 class FusedLoss(nn.Module):
-    """Evaluates several losses on the same features and returns a dict of the same keys; each value is exactly what that loss alone gives.
+    """Evaluates several losses on the same features and returns a dict of the same keys.
 
-    losses: name -> loss of this library. Every loss gets every argument that it knows, so boxes that are given for BMFI also weight GKD's imitation form.
+    Each value is exactly what that loss alone gives for the same arguments: boxes that are given for BMFI also weight GKD's imitation form.
+
+    losses: name -> loss of this library.
     needs:  all that the losses need together; compares_features: whether one of them does.
     """
 
@@ -24,7 +26,7 @@ class FusedLoss(nn.Module):
             raise ValueError("FusedLoss needs at least one loss")
         for name, loss in losses.items():
             if not isinstance(loss, DistillationLoss):
-                raise TypeError(f"FusedLoss, {name!r}: expected a loss of this library (GKDLoss, BMFILoss, AIDLoss); got {type(loss).__name__}")
+                raise TypeError(f"FusedLoss, {name!r}: expected GKDLoss, BMFILoss or AIDLoss; got {type(loss).__name__}")
         self.losses = nn.ModuleDict(losses)
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.compares_features = any(loss.compares_features for loss in losses.values())

@@ -53,24 +53,27 @@ class GKDSide(NamedTuple):
 
 
 class GKDLoss(DistillationLoss):
-    """Gradient-guided distillation. Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
+    """Gradient-guided distillation.
 
-    form="map" (arXiv 2303.04240, Eq. 1-4): per image and level, each network's map is M = normalize(rectify(sum_c w_c * activation(A_c))), w_c its channel
-    weights from the gradients of its own detection loss at its features, and the loss is sum_hw distance(M_S, M_T) / (N H W). Needs the gradients of
-    both; channels may differ, the teacher's map is resized where sizes differ.
-    form="imitation": 1/(N C H W) * sum spatial * channel * (F_S - F_T)^2 with channel = C |w_c| / sum_c |w_c| and spatial = the teacher's M, or 1
-    (`spatial=False`), times the gaussian box mask if boxes are given. Needs the teacher's gradients only, and equal channels and sizes.
+    Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
+
+    form="map" (arXiv 2303.04240, Eq. 1-4): per image and level, each network's map is M = normalize(rectify(sum_c w_c * activation(A_c))),
+    w_c its channel weights from the gradients of its own detection loss at its features; the loss is sum_hw distance(M_S, M_T) / (N H W).
+    Needs the gradients of both; channels may differ, the teacher's map is resized where sizes differ.
+    form="imitation": 1/(N C H W) * sum spatial * channel * (F_S - F_T)^2 with channel = C |w_c| / sum_c |w_c| and spatial = the teacher's
+    M, or 1 (`spatial=False`), times the gaussian box mask if boxes are given. Needs the teacher's gradients only, and equal channels and
+    sizes.
 
     weight:         factor of the loss
     preset:         "paper" or "release": the options that are None take its values (`PRESETS`)
-    channel_weight: signed (mean of g, Eq. 1) | abs (mean of |g|, released) | elementwise (w = |g|; imitation's channel factor then is that of abs)
+    channel_weight: signed (mean of g, Eq. 1) | abs (mean of |g|, released) | elementwise (w = |g|; imitation's channel factor is abs's)
     activation:     raw | abs (released);   rectify: abs (Eq. 3) | relu (released) | none
     normalize:      minmax | softmax (with `temperature`) | zscore | none, see `kdkernels.reference.map_distance.normalize_map`
     distance:       l1 | mse | smooth_l1;   average: nhw | n (divides by N only)
     eps, eps_mode:  relative (independent of the gradients' scale) | absolute (released)
     box_weight:     none | sqrt_mask: both maps are multiplied by the root of the gaussian box mask (map form; needs boxes)
-    grad_mode:      detached_weights | second_order (the student's weights keep their graph: its gradients must come from create_graph=True) |
-                    none (value only)
+    grad_mode:      detached_weights | second_order (the student's weights keep their graph: its gradients must come from
+                    create_graph=True) | none (value only)
     reduction, on_nonfinite: see DistillationLoss
 
     A level whose gradient is None contributes 0, and so does, in the imitation form, an image with sum_c |w_c| = 0.
@@ -225,7 +228,10 @@ class GKDLoss(DistillationLoss):
     def _maps(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
         keep = [i for i, g in enumerate(gradients) if g is not None]
         given = [gradients[i] for i in keep]
-        weights = [accumulate(g).abs() for g in given] if self.channel_weight == "elementwise" else ops.channel_mean(given, self.channel_weight)
+        if self.channel_weight == "elementwise":
+            weights = [accumulate(g).abs() for g in given]
+        else:
+            weights = ops.channel_mean(given, self.channel_weight)
         made, _, _ = ops.weighted_channel_sum([features[i] for i in keep], weights, self.activation, self.rectify)
         maps: list[Tensor | None] = [None] * len(features)
         for i, r in zip(keep, made, strict=True):
@@ -279,7 +285,7 @@ class GKDLoss(DistillationLoss):
             raise ValueError('box_weight is of form="map"; form="imitation" uses the box mask whenever boxes are given')
         signed_map = self.normalize == "zscore" or (self.normalize == "none" and self.rectify == "none")
         if self.form == "imitation" and self.spatial and signed_map:
-            raise ValueError(f'normalize="{self.normalize}" gives negative spatial weights; form="imitation" needs another, or spatial=False')
+            raise ValueError(f'normalize="{self.normalize}" gives negative spatial weights; form="imitation" needs another')
 
 
 def _scatter(rows: Tensor, keep: list[int], features: list[Tensor]) -> Tensor:

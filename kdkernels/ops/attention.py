@@ -12,7 +12,9 @@ backend.register("reference", "attention", reference)
 
 
 def attention(x: Pyramid, temperature: float = 0.5) -> tuple[list[Tensor], list[Tensor]]:
-    """S = H*W * softmax_hw(mean_c |x| / temperature) and Ch = C * softmax_c(mean_hw |x| / temperature), both of mean 1 (released GKD code, as FGD).
+    """S = H*W * softmax_hw(mean_c |x| / temperature) and Ch = C * softmax_c(mean_hw |x| / temperature), both of mean 1.
+
+    Formulas of the released GKD code, the same as FGD's.
 
     x: pyramid of (N, C, H, W), 16-bit, fp32 or fp64. Returns S, L tensors (N, H, W), and Ch, L tensors (N, C); fp32 (fp64 for fp64).
     Raises ValueError for a temperature that is not above 0 or a malformed pyramid.

@@ -33,7 +33,8 @@ def box_mask(
     boxes: list of (n_i, 4) xyxy in pixels, one an image, or (padded (N, M, 4), counts (N,)); any real dtype, taken as fp32.
     image_size: (height, width) in pixels that the features cover; level_sizes: (H_l, W_l) a level.
     kind gaussian | exponential | area | binary | assigned | background: formulas in `kdkernels.reference.box_mask`.
-    expand, placement (centered | released), inner_ones and area_norm are of gaussian, exponential and background only; `released` is defined for expand=2.
+    expand, placement (centered | released), inner_ones and area_norm are of gaussian, exponential and background only;
+    `released` is defined for expand=2.
     Nothing on the host depends on the boxes' values. Raises ValueError for boxes of another shape or options that are not defined.
     """
     check_mask_options(kind, expand, placement)

@@ -32,8 +32,9 @@ def map_distance(
 ) -> Tensor:
     """Distance of the normalised maps, summed over H, W and divided by N*H*W (`nhw`, GKD Eq. 4 and the batch mean) or by N (`n`).
 
-    m_s, m_t: L maps (N, H, W) before normalisation, fp32 or fp64; the sizes of a level may differ, its teacher's map is then resized bilinearly
-    after normalisation. spatial: L tensors (N, H, W) of the student's sizes that multiply both normalised maps, or None. Returns (L, N).
+    m_s, m_t: L maps (N, H, W) before normalisation, fp32 or fp64; the sizes of a level may differ, its teacher's map is then resized
+    bilinearly after normalisation. spatial: L tensors (N, H, W) of the student's sizes that multiply both normalised maps, or None.
+    Returns (L, N).
     Formulas: `kdkernels.reference.map_distance`. Raises ValueError, naming both sides' level shapes, where the maps do not fit.
     """
     check_map_options(normalize, eps, eps_mode, temperature)

@@ -32,6 +32,6 @@ def weighted_channel_sum(
     for level, weight, name in zip(levels, w, names, strict=True):
         if weight.shape not in (level.shape[:2], level.shape):
             raise ValueError(
-                f"w, level {name}: got shape {tuple(weight.shape)}, wanted {tuple(level.shape[:2])} or {tuple(level.shape)} for x of {tuple(level.shape)}"
+                f"w, level {name}: got shape {tuple(weight.shape)}, wanted {tuple(level.shape[:2])} or x's shape {tuple(level.shape)}"
             )
     return backend.call("weighted_channel_sum", levels, levels, list(w), activation, rectify)

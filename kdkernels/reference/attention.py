@@ -10,7 +10,9 @@ from ..pyramid import accumulate
 
 
 def attention(x: Sequence[Tensor], temperature: float = 0.5) -> tuple[list[Tensor], list[Tensor]]:
-    """S = H*W * softmax_hw(mean_c |x| / temperature) and Ch = C * softmax_c(mean_hw |x| / temperature), both of mean 1 (released GKD code, as FGD).
+    """S = H*W * softmax_hw(mean_c |x| / temperature) and Ch = C * softmax_c(mean_hw |x| / temperature), both of mean 1.
+
+    Formulas of the released GKD code, the same as FGD's.
 
     x: L tensors (N, C, H, W). Returns S, L tensors (N, H, W), and Ch, L tensors (N, C); fp32 (fp64 for fp64).
     """

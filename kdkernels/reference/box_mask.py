@@ -46,15 +46,16 @@ def box_mask(
     boxes: xyxy in pixels of `image_size` = (height, width), clipped to it; a box without area or with a NaN is skipped.
     With xmin = floor(x1 * W / width), xmax = ceil(x2 * W / width), w = xmax - xmin, and the same for y:
 
-    gaussian:    a window of round(expand * w) x round(expand * h) cells around the box, exp(-0.5 ((x - cx)/cx)^2) an axis with cx half the window;
-                 1 inside the box (`inner_ones`); all divided by the window's area (`area_norm`)  (released GKD code)
+    gaussian:    a window of round(expand * w) x round(expand * h) cells around the box, exp(-0.5 ((x - cx)/cx)^2) an axis with cx half
+                 the window; 1 inside the box (`inner_ones`); all divided by the window's area (`area_norm`)  (released GKD code)
     exponential: the same with exp(-5e-5 (x - cx)^2) an axis  (released AID code)
     area:        1 / ((w + 1) (h + 1)) on xmin..xmax, ymin..ymax inclusive  (FGD)
     binary:      1 on the box's cells
     assigned:    1 on floor(x1 * W / width) <= u < floor(x2 * W / width) (one cell if that is empty), on the one level
                  clamp(floor(log2(sqrt(area) / 56)), 0, L - 1)  (DeFeat)
     background:  1 where `gaussian` is 0, divided by the number of those cells, 0 if there are none
-    placement `released` puts the window where the released code does, [2 ymin, 2 ymax) x [2 xmin, 2 xmax) of a (2H, 2W) canvas of which the centre is kept.
+    placement `released` puts the window where the released code does: [2 ymin, 2 ymax) x [2 xmin, 2 xmax) of a (2H, 2W) canvas of
+    which the centre is kept.
     """
     padded = pad_boxes(boxes)
     height, width = image_size
@@ -113,7 +114,10 @@ def _axis(
 
 
 def _outer_max(x: tuple[Tensor, Tensor | None, Tensor], y: tuple[Tensor, Tensor | None, Tensor], scale: Tensor) -> Tensor:
-    """max over boxes of scale * max(profile_y x profile_x, own_y x own_x): (N, H, W). The profiles are at most 1, so the maximum puts 1 inside."""
+    """max over boxes of scale * max(profile_y x profile_x, own_y x own_x): (N, H, W).
+
+    The profiles are at most 1, so the inner maximum puts 1 on the box's own cells.
+    """
     n, m, columns = x[0].shape
     rows = y[0].shape[2]
     mask = x[0].new_zeros(n, rows, columns)

@@ -14,7 +14,8 @@ def feature_imitation(
 ) -> Tensor:
     """sum_{c,h,w} spatial * channel * (s - t)^2, without a normaliser (BMFI's region and whole-map grains, GKD's imitation form).
 
-    s, t: L tensors (N, C, H, W). spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None. Returns (L, N), fp32 (fp64 for fp64).
+    s, t: L tensors (N, C, H, W). spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None.
+    Returns (L, N), fp32 (fp64 for fp64).
     """
     rows = []
     for level, (a, b) in enumerate(zip(s, t, strict=True)):
