@@ -75,7 +75,8 @@ def evaluate_detections(
     coco_class, eval_class = _backend(coco_eval)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco_class()
-        truth.dataset = ground_truth
+        # A copy, because COCOeval writes "ignore" into the annotations.
+        truth.dataset = {**ground_truth, "annotations": [dict(entry) for entry in ground_truth["annotations"]]}
         truth.createIndex()
         found = coco_class()
         found.dataset = {**ground_truth, "annotations": list(_results(detections))}
