@@ -121,7 +121,8 @@ def test_image_endings_grey_images_and_images_without_objects(tmp_path):
     write_kitti(root, {"c": [CAR]}, ".jpg")
     write_image(root / "training" / "image_2" / "d.PNG", mode="L")
     (root / "training" / "label_2" / "d.txt").write_text("\n" + CAR + "\r\n\n")
-    (root / "training" / "image_2" / "Thumbs.db").write_bytes(b"no image")
+    for other in ("image_2/Thumbs.db", "image_2/._a.png", "label_2/._a.txt"):  # what file managers leave behind
+        (root / "training" / other).write_bytes(b"no image")
     dataset = load_dataset(root)
     assert [item.path.name for item in dataset.items] == ["a.png", "b.png", "c.jpg", "d.PNG"]
     image, target = dataset[1]

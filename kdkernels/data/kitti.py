@@ -61,13 +61,13 @@ def find_frames(root: Path) -> tuple[list[Frame], list[Problem]]:
     images: dict[str, Path] = {}
     problems = []
     for path in sorted(image_dir.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
         if path.stem in images:
             problems.append(Problem(str(path), None, f"second image of the name {path.stem} (the first: {images[path.stem].name})"))
         else:
             images[path.stem] = path
-    labels = {path.stem: path for path in sorted(label_dir.glob("*.txt"))}
+    labels = {path.stem: path for path in sorted(label_dir.glob("[!.]*.txt"))}
     problems += [Problem(str(path), None, "label file without an image") for name, path in labels.items() if name not in images]
     frames = [
         Frame(name, number, path, labels.get(name, label_dir / f"{name}.txt"))
