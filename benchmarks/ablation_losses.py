@@ -57,17 +57,6 @@ class FixedExtremaGKD(GKDLoss):
         return {"map": self.weight * torch.stack(rows)}
 
 
-class TeacherWeightsGKD(GKDLoss):
-    """GKD's map with the teacher's channel weights on the student's features too (needs equal channels)."""
-
-    def teacher_side(self, teacher_features: Sequence[Tensor], teacher_gradients: Any = None, **given: Any) -> Any:
-        self._borrowed = [g.detach() for g in teacher_gradients]
-        return super().teacher_side(teacher_features, teacher_gradients, **given)
-
-    def terms(self, student_features: Sequence[Tensor], side: Any, student_gradients: Any = None) -> dict[str, Tensor]:
-        return super().terms(student_features, side, self._borrowed)
-
-
 def is_spoiled(image_id: int) -> bool:
     """A fixed 40 % of the images, by hash."""
     return hashlib.sha256(f"spoiled {image_id}".encode()).digest()[0] < 0.4 * 256

@@ -34,7 +34,7 @@ class Run:
 
 
 def runs() -> list[Run]:
-    from ablation_losses import FixedExtremaGKD, LevelWeightedGKD, PlainMSE, TeacherWeightsGKD
+    from ablation_losses import FixedExtremaGKD, LevelWeightedGKD, PlainMSE
 
     from kdkernels import AIDLoss, BMFILoss, GKDLoss
 
@@ -63,16 +63,9 @@ def runs() -> list[Run]:
         ("map, levels weighted 1, 0.1, 0.002", lambda: {"gkd": LevelWeightedGKD((1.0, 0.1, 0.002))}, {}),
         ("map, weight 1, decayed to 0", lambda: {"gkd": GKDLoss(weight=1.0)}, {"kd_schedule": "cosine"}),
         ("map, weight 1, extrema constant", lambda: {"gkd": FixedExtremaGKD(weight=1.0)}, {}),
-        ("map, P3, weight 10, extrema constant", lambda: {"gkd": FixedExtremaGKD(weight=10.0)}, {"levels": ["0"]}),
         ("map, weight 1, mse", lambda: {"gkd": GKDLoss(weight=1.0, distance="mse")}, {}),
-        ("map, weight 1, smooth L1", lambda: {"gkd": GKDLoss(weight=1.0, distance="smooth_l1")}, {}),
         ("map, weight 1, softmax", lambda: {"gkd": GKDLoss(weight=1.0, normalize="softmax")}, explicit),
-        ("map, weight 0.1, z-score", lambda: {"gkd": GKDLoss(weight=0.1, normalize="zscore")}, explicit),
         ("map, weight 0.1, second order", lambda: {"gkd": GKDLoss(weight=0.1, grad_mode="second_order")}, explicit),
-        ("map, weight 1, teacher's weights", lambda: {"gkd": TeacherWeightsGKD(weight=1.0)}, {}),
-        ("map, weight 1, inherited head", lambda: {"gkd": GKDLoss(weight=1.0)}, {"init_student": True}),
-        ("plain, inherited head", dict, {"init_student": True}),
-        ("imitation by channels, weight 20", lambda: {"gkd": imitation(weight=20.0, spatial=False)}, {}),
         ("imitation by map and channels, weight 60", lambda: {"gkd": imitation(weight=60.0, spatial=True)}, {}),
         ("BMFI", lambda: {"bmfi": bmfi()}, {}),
         ("plain MSE, weight 20", lambda: {"mse": PlainMSE(weight=20.0)}, {}),
@@ -84,7 +77,6 @@ def runs() -> list[Run]:
             ("BMFI", lambda: {"bmfi": bmfi()}),
             ("AID-BMFI, alpha 0.1", lambda: {"aid": AIDLoss(bmfi(), alpha=0.1)}),
             ("AID-BMFI, alpha 1", lambda: {"aid": AIDLoss(bmfi(), alpha=1.0)}),
-            ("AID-BMFI, alpha 3", lambda: {"aid": AIDLoss(bmfi(), alpha=3.0)}),
         )
     ]
     return [*long, *(Run("map", name, losses, config=config) for name, losses, config in maps), *aid]
@@ -93,8 +85,9 @@ def runs() -> list[Run]:
 def datasets(folder: Path) -> tuple[Any, Any]:
     from kdkernels.data import load_dataset
     from kdkernels.data.synthetic import render_dataset
+    from kdkernels.recipes import DEMO
 
-    for part, images, seed in (("train", 400, 1), ("val", 150, 2)):
+    for part, images, seed in (("train", DEMO.train_images, DEMO.train_seed), ("val", DEMO.val_images, DEMO.val_seed)):
         if not (folder / part).exists():
             render_dataset(folder / part, images, seed)
     return load_dataset(folder / "train"), load_dataset(folder / "val")
@@ -103,8 +96,9 @@ def datasets(folder: Path) -> tuple[Any, Any]:
 def train_teacher(folder: Path, name: str) -> None:
     import torch
 
-    from kdkernels.models import DetectorSpec, build_detector
-    from kdkernels.training import TrainConfig, train
+    from kdkernels.models import build_detector
+    from kdkernels.recipes import DEMO, teacher_spec, train_config
+    from kdkernels.training import train
 
     path = folder / f"teacher-{name}.pt"
     if path.exists():
@@ -113,10 +107,10 @@ def train_teacher(folder: Path, name: str) -> None:
     if name == "cars-only":
         car = train_set.classes.index("Car") + 1
         train_set = only_label(train_set, car)
-    spec = DetectorSpec(backbone="slim-teacher")
-    torch.manual_seed(0)
-    model = build_detector(spec)
-    result = train(model, None, train_set, val_set, TrainConfig(steps=600), console=False)
+    torch.manual_seed(DEMO.teacher_seed)
+    model = build_detector(teacher_spec())
+    config = train_config(DEMO, DEMO.teacher_steps, DEMO.teacher_seed, channels_last=False)
+    result = train(model, None, train_set, val_set, config, console=False)
     torch.save({"state": model.state_dict(), "map": result.map, "map50": result.map50, "step_ms": result.step_ms}, path)
     print(f"teacher {name}: mAP {100 * result.map:.1f}, {result.train_seconds:.0f} s", flush=True)
 
@@ -134,14 +128,15 @@ def only_label(dataset: Any, label: int) -> Any:
 def one(job: tuple[Run, int, Path, int]) -> dict[str, Any]:
     import torch
 
-    from kdkernels.models import DetectorSpec, build_detector
-    from kdkernels.training import TrainConfig, train
+    from kdkernels.models import build_detector
+    from kdkernels.recipes import DEMO, student_spec, teacher_spec, train_config
+    from kdkernels.training import train
 
     run, seed, folder, threads = job
     torch.set_num_threads(threads)
     train_set, val_set = datasets(folder)
-    torch.manual_seed(100 + seed)
-    student = build_detector(DetectorSpec(backbone="slim-student"))
+    torch.manual_seed(seed)
+    student = build_detector(student_spec())
     losses = run.losses()
     teacher = None
     if losses or run.config.get("init_student"):
@@ -150,10 +145,10 @@ def one(job: tuple[Run, int, Path, int]) -> dict[str, Any]:
         from kdkernels import Teacher
 
         stored = torch.load(folder / f"teacher-{'cars-only' if run.teacher == 'cars-only' else 'good'}.pt", weights_only=True)
-        model = build_detector(DetectorSpec(backbone="slim-teacher"))
+        model = build_detector(teacher_spec())
         model.load_state_dict(stored["state"])
         teacher = UpsideDownTeacher(model) if run.teacher == "upside-down" else Teacher(model)
-    config = TrainConfig(steps=run.steps, seed=seed, **run.config)
+    config = train_config(DEMO, run.steps, seed, channels_last=False, **run.config)
     result = train(student, None, train_set, val_set, config, teacher if losses or run.config else None, losses or None, console=False)
     last = result.history[-1]
     return {
@@ -194,7 +189,8 @@ def run_all(arguments: argparse.Namespace) -> None:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             spent = (time.monotonic() - start) / 60
-            print(f"{count}/{len(todo)} {spent:5.1f} min  {record['study']:5} {record['name']} seed {record['seed']}: {100 * record['map']:.1f}", flush=True)
+            row = f"{record['study']:5} {record['name']}, seed {record['seed']}: mAP {100 * record['map']:.1f}"
+            print(f"{count}/{len(todo)} {spent:5.1f} min  {row}", flush=True)
 
 
 def named(job: tuple[str, str, int, Path, int]) -> dict[str, Any]:
