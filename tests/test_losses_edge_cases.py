@@ -245,6 +245,15 @@ def test_shape_errors_list_the_levels_of_both_sides(name):
             _evaluate(LOSSES[name](), s, other, s, other)
 
 
+@pytest.mark.parametrize("name", ["paper", "imitation", "bmfi"])
+def test_both_sides_have_the_same_images_and_levels_of_one_pyramid_too(name):
+    s, t = cases.tensors(cases.pyramid(15, [(2, 3, 4, 6)])), cases.tensors(cases.pyramid(15, [(1, 3, 4, 6)]))
+    with pytest.raises(ValueError, match=r"(?s)2, 3, 4, 6.*1, 3, 4, 6"):
+        _evaluate(LOSSES[name](), s, t, s, t, [torch.zeros(0, 4)])
+    with pytest.raises(ValueError, match=r"(?s)2, 3, 4, 6.*1, 3, 4, 6"):
+        _evaluate(LOSSES[name](), s + t, s + t, s + t, s + t)
+
+
 def test_gradients_must_fit_their_features():
     s = cases.tensors(cases.pyramid(16, [(2, 3, 4, 6)]))
     other = cases.tensors(cases.pyramid(17, [(2, 4, 4, 6)]))

@@ -296,6 +296,34 @@ def test_functional(preset):
 
 
 @pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"channel_weight": "abs", "activation": "abs", "rectify": "relu", "distance": "mse", "average": "n"}, None),
+        ({"preset": "release", "eps_mode": "relative"}, None),
+        ({"preset": "release"}, "absolute"),
+        ({"normalize": "softmax"}, "softmax"),
+        ({"normalize": "zscore"}, "zscore"),
+        ({"normalize": "none"}, "none"),
+        ({"grad_mode": "second_order"}, "second_order"),
+        ({"form": "imitation", "preset": "release"}, None),
+    ],
+    ids=str,
+)
+def test_what_depends_on_the_scale_of_the_students_gradients_is_refused_inline(options, reason):
+    refusal = GKDLoss(**options).inline_refusal()
+    assert (refusal is None) == (reason is None)
+    assert reason is None or reason in refusal
+
+
+def test_needs():
+    assert GKDLoss().needs == {"student_gradients", "teacher_gradients"}
+    assert GKDLoss(box_weight="sqrt_mask").needs == {"student_gradients", "teacher_gradients", "boxes"}
+    assert GKDLoss(form="imitation").needs == {"teacher_gradients"}
+    assert [GKDLoss(form=form).compares_features for form in ("map", "imitation")] == [False, True]
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("preset", "official"),
