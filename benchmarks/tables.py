@@ -1,0 +1,93 @@
+"""Writes the measured tables of README.md and docs/ from the files under benchmarks/results/. `python benchmarks/tables.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+DOCUMENTS = ("README.md", "docs/gkd-ablation.md", "docs/real-data.md")
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def ablation(study: str) -> str:
+    """A row a name, in the script's order: mean and deviation over the seeds, and the paired difference to the plain student."""
+    records = [json.loads(line) for line in (RESULTS / "gkd-ablation.jsonl").read_text().splitlines()]
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record["study"] == study:
+            groups.setdefault(record["name"], {})[record["seed"]] = record
+    plain = {r["seed"]: r["map"] for r in records if r["study"] == ("map" if study == "aid" else study) and r["name"] == "plain"}
+    columns = ["", "mAP", "each seed", "against plain", "each seed", "steps", "kd / task loss, last epoch"]
+    rows = []
+    for name in sorted(groups, key=order(study).index):
+        runs = [groups[name][seed] for seed in sorted(groups[name])]
+        maps = [100 * run["map"] for run in runs]
+        gains = [100 * (run["map"] - plain[run["seed"]]) for run in runs if run["seed"] in plain and name != "plain"]
+        ratios = [run["kd"]["kd_ratio"] for run in runs if run["kd"].get("kd_ratio")]
+        rows.append(
+            [
+                name,
+                spread(maps),
+                ", ".join(f"{value:.1f}" for value in maps),
+                f"{mean(gains):+.1f}" if gains else "",
+                ", ".join(f"{value:+.1f}" for value in gains),
+                ", ".join(sorted({str(run["steps"]) for run in runs})),
+                f"{mean(ratios):.2g}" if ratios else "",
+            ]
+        )
+    return to_markdown(Table("COCO AP x 100 on 150 validation images", columns, rows))
+
+
+def order(study: str) -> list[str]:
+    from gkd_ablation import runs
+
+    return [run.name for run in runs() if run.study == study]
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def demo() -> str:
+    return to_markdown(demo_table(json.loads((RESULTS / "demo.json").read_text())))
+
+
+def real(name: str) -> str:
+    """The runs of one real data set, in the order in which the documented commands make them."""
+    tables = [run_table(entry) for entry in json.loads((RESULTS / f"real-{name}.json").read_text())]
+    whole = tables[0]
+    whole.rows = [row for table in tables for row in table.rows if row[0] != "teacher"]
+    return to_markdown(whole)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "ablation-long": lambda: ablation("long"),
+    "ablation-map": lambda: ablation("map"),
+    "ablation-aid": lambda: ablation("aid"),
+    "real-kitti": lambda: real("kitti"),
+    "real-coco-traffic": lambda: real("coco-traffic"),
+}
+
+
+def filled(text: str) -> str:
+    """The document with every table block made anew."""
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]().strip() + "\n" + block[3], text)
+
+
+def main() -> None:
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
