@@ -52,8 +52,8 @@ class Recipe:
     train_seed: int = 0
     val_seed: int = 1
     teacher_seed: int = 0
-    teacher_steps: int = 600
-    student_steps: int = 300
+    teacher_steps: int = 540
+    student_steps: int = 270
     batch_size: int = 8
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4

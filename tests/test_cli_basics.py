@@ -51,7 +51,9 @@ def test_a_command_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch
     assert "this command needs accelerate: pip install 'kdkernels[train]'" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["train", "--epochs", "0"], ["train", "--nonsense"], ["data", "check", "x", "--format", "voc"]])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train", "--epochs", "0"], ["train", "--nonsense"], ["data", "check", "x", "--format", "voc"]]
+)
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert kdkernels(*arguments).exit_code == 2
 

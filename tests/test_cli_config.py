@@ -20,7 +20,9 @@ def printed(*arguments: str | Path) -> dict[str, Any]:
 
 
 def test_print_config_has_every_key_and_reads_back_as_itself(tmp_path: Path) -> None:
-    first = printed("distill", "--data", "here", "--teacher", "t", "--aid", "--size", "320x96", "--lr", "1e-3", "--set", "losses.bmfi.lambda_=0.2")
+    first = printed(
+        "distill", "--data", "here", "--teacher", "t", "--aid", "--size", "320x96", "--lr", "1e-3", "--set", "losses.bmfi.lambda_=0.2"
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(first), encoding="utf-8")
     assert printed("distill", "--config", tmp_path / "run.yaml") == first
     assert set(first) == {"data", "model", "teacher", "losses", "train"}
@@ -34,7 +36,9 @@ def test_print_config_has_every_key_and_reads_back_as_itself(tmp_path: Path) -> 
 def test_flags_win_over_the_file_and_set_over_the_flags(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: {root: a, format: coco}\ntrain: {epochs: 3, seed: 1, batch_size: 2, weight_decay: 1e-3}\n", encoding="utf-8")
-    found = printed("train", "-c", file, "--data", "b", "--epochs", "4", "--seed", "2", "--set", "train.seed=5", "--set", "train.levels=[a, b]")
+    found = printed(
+        "train", "-c", file, "--data", "b", "--epochs", "4", "--seed", "2", "--set", "train.seed=5", "--set", "train.levels=[a, b]"
+    )
     assert found["data"]["root"] == "b" and found["data"]["format"] == "coco"
     train = found["train"]
     assert (train["epochs"], train["seed"], train["batch_size"], train["weight_decay"]) == (4, 5, 2, 1e-3)
@@ -42,19 +46,45 @@ def test_flags_win_over_the_file_and_set_over_the_flags(tmp_path: Path) -> None:
     assert found["losses"] == {}
 
 
+#: A value other than the default for every key whose default is nothing or one of several words.
+OTHER = {
+    "data.root": "r", "data.val": "v", "data.format": "coco", "data.mapping": "grouped", "data.size": 64,
+    "model.detector": "retinanet", "model.backbone": "resnet18", "model.min_size": 64, "model.max_size": 128, "model.pretrained": True,
+    "model.neck_channels": 32, "model.neck_norm": False, "model.head_convs": 1, "model.levels": 5, "model.anchor_scale": 2.0,
+    "model.score_thresh": 0.1, "model.nms_thresh": 0.4, "model.detections": 7,
+    "train.run_dir": "x", "train.steps": 7, "train.optimizer": "sgd", "train.learning_rate": 0.5, "train.schedule": "step",
+    "train.mixed_precision": "bf16", "train.device": "cpu", "train.mode": "explicit", "train.levels": ["0"], "train.student_tap": "a",
+    "train.teacher_tap": "b", "train.kd_schedule": "cosine",
+}  # fmt: skip
+
+
 def test_every_key_of_the_file_can_be_set() -> None:
-    found = printed("distill", "--loss", "bmfi")
-    for section, values in found.items():
-        for key in values if isinstance(values, dict) and section != "losses" else ():
-            value = yaml.safe_dump(found[section][key], default_flow_style=True).split("\n")[0]
-            changed = {"train.device": "cpu", "train.resume": "false"}.get(f"{section}.{key}", value)
-            assert printed("distill", "--loss", "bmfi", "--set", f"{section}.{key}={changed}")[section][key] is not ...
+    before = printed("train")
+    wanted = dict(OTHER)
+    for section in ("data", "model", "train"):
+        for key, value in before[section].items():
+            name = f"{section}.{key}"
+            if name in ("train.resume", *OTHER):
+                continue
+            wanted[name] = not value if isinstance(value, bool) else value + 0.5 if isinstance(value, float) else value + 1
+    sets = [
+        part
+        for key, value in wanted.items()
+        for part in ("--set", f"{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}")
+    ]
+    after = printed("train", *sets, "--set", "teacher=t")
+    assert {f"{section}.{key}": value for section in ("data", "model", "train") for key, value in after[section].items()} == {
+        **wanted,
+        "train.resume": False,
+    }
+    assert after["teacher"] == "t"
 
 
 def test_losses_of_a_file_start_from_the_recipe_and_keep_their_names(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
-        "losses:\n  bmfi: {alpha: 2e-3}\n  imitation: {type: gkd-imitation, weight: 5}\n  careful: {type: aid, alpha: 0.2, base: {type: gkd}}\n",
+        "losses:\n  bmfi: {alpha: 2e-3}\n  imitation: {type: gkd-imitation, weight: 5}\n"
+        "  careful: {type: aid, alpha: 0.2, base: {type: gkd}}\n",
         encoding="utf-8",
     )
     entries = printed("distill", "-c", file)["losses"]
@@ -93,7 +123,11 @@ def test_what_is_wrong_is_named(arguments: list[str], message: str) -> None:
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    for text, message in (("a: [1", "cannot be read as YAML"), ("- 1\n", "should hold keys and values, holds a list"), ("lossses: {}\n", "lossses")):
+    for text, message in (
+        ("a: [1", "cannot be read as YAML"),
+        ("- 1\n", "should hold keys and values, holds a list"),
+        ("lossses: {}\n", "lossses"),
+    ):
         file = tmp_path / "c.yaml"
         file.write_text(text, encoding="utf-8")
         result = kdkernels("train", "-c", file, "--print-config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["Stages", "console", "error_console", "escape", "note", "progress"]
+__all__ = ["Stages", "console", "error_console", "escape", "main_process", "note", "progress"]
 
 #: Columns of output that goes to a file or a pipe.
 WIDTH = 140
@@ -36,10 +37,15 @@ def note(text: str) -> None:
     error_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def main_process() -> bool:
+    """Whether this process is the one that prints, under torchrun or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Report | None]:
     """A callback (done, total) that moves a bar on a terminal; None, and nothing printed, elsewhere."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not main_process():
         yield None
         return
     with Stages() as stages, stages.stage(title) as report:

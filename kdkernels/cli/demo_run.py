@@ -209,7 +209,7 @@ class DemoRun:
         }
 
     def _describe_run(self) -> dict[str, Any]:
-        packages = ("kdkernels", "torch", "torchvision", "numpy", "pycocotools")
+        packages = ("kdkernels", "torchvision", "numpy", "pycocotools")
         return {
             "inherit": self.recipe.inherit,
             "units": {"map": "COCO AP, 0..1", "map50": "COCO AP50, 0..1", "step_ms": "ms, median", "train_seconds": "s"},
@@ -218,7 +218,7 @@ class DemoRun:
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
             "backend": next((name for name, values in backend_info().items() if values["active"]), None),
-            "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, **{p: metadata.version(p) for p in packages}},
         }
 
 

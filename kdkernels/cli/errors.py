@@ -47,14 +47,14 @@ def guarded(command: Command) -> Command:
             _say("error", error)
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt as error:  # TrainingInterrupted is one
-            _say("interrupted", error)
+            _say("stopped", error if str(error) else KeyboardInterrupt("interrupted"))
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             _say("failed", error)
             raise typer.Exit(FAILED) from None
-        except RuntimeError as error:
-            # torch's own errors are RuntimeErrors too and need their traceback; ours says all there is to say.
-            if type(error).__name__ != "NonFiniteError":
+        except (RuntimeError, FloatingPointError) as error:
+            # torch's own RuntimeErrors need their traceback; these say all there is to say.
+            if type(error).__name__ not in ("TrainingDiverged", "NonFiniteError"):
                 raise
             _say("failed", error)
             raise typer.Exit(FAILED) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from .console import console, escape
+from .console import console, escape, note
 from .errors import UserError, checking_input, guarded, need
 from .options import parse_size
 
@@ -49,15 +49,12 @@ def inspect(
     paths, frame, default = tappable(network, height, width)
     if not paths:
         raise UserError(f"no module of {model} gives or takes several feature maps of different sizes; tap single modules by their paths")
-    table = Table(
-        "", "module path", "level", "channels", "size", "stride", title=f"{type(network).__name__}, image {frame[0]} x {frame[1]}"
-    )
+    table = Table("", "module path", "levels", "channels", "strides")
     for path, levels in paths:
-        for i, (name, (channels, h, w)) in enumerate(levels.items()):
-            first = ("default" if path == default else "", path) if i == 0 else ("", "")
-            table.add_row(
-                *map(escape, (*first, name, str(channels), f"{h} x {w}", f"{frame[0] / h:.3g}")), end_section=i == len(levels) - 1
-            )
+        names, channels = ", ".join(levels), ", ".join(str(c) for c, _, _ in levels.values())
+        strides = ", ".join(f"{frame[0] / h:.3g}" for _, h, _ in levels.values())
+        table.add_row(*map(escape, ("default" if path == default else "", path, names, channels, strides)))
+    note(f"{type(network).__name__}, an image of {frame[0]} x {frame[1]} pixels sent through")
     console().print(table)
 
 
@@ -121,7 +118,7 @@ def tappable(model: nn.Module, height: int, width: int) -> tuple[list[Tappable],
     found: dict[str, Tappable] = {}
     frames: list[tuple[int, int]] = []
 
-    def note(path: str, value: Any) -> None:
+    def keep(path: str, value: Any) -> None:
         features = as_features(value)
         if features is not None and len({x.shape[-2:] for x in features.values()}) > 1:
             levels = OrderedDict((key, (x.shape[1], x.shape[2], x.shape[3])) for key, x in features.items())
@@ -132,7 +129,7 @@ def tappable(model: nn.Module, height: int, width: int) -> tuple[list[Tappable],
             values = [*args, *kwargs.values()]
             frames.extend(tuple(v.shape[-2:]) for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 and v.shape[1] == 3)
             first = next((v for v in values if as_features(v) is not None), None)
-            note(f"{name}:input", first)
+            keep(f"{name}:input", first)
 
         return hook
 
@@ -140,7 +137,7 @@ def tappable(model: nn.Module, height: int, width: int) -> tuple[list[Tappable],
     for name, module in model.named_modules():
         if name and any(True for _ in module.parameters()):
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda m, args, output, name=name: note(name, output)))
+            handles.append(module.register_forward_hook(lambda m, args, output, name=name: keep(name, output)))
     try:
         default = find_adapter(model).default_tap
     except TypeError:

@@ -53,13 +53,13 @@ class Detector(str, Enum):
     fasterrcnn = "fasterrcnn"
 
 
-FORMAT_HELP = "kitti: training/image_2 and training/label_2. coco: a folder with COCO JSON and images. coco-traffic: its 13 road classes."
+FORMAT_HELP = "kitti: training/image_2 and training/label_2. coco: a COCO JSON file or its folder. coco-traffic: its 13 road classes."
 MAPPING_HELP = "KITTI classes: strict ignores Van, Truck, ...; grouped counts them as Car (and Person_sitting as Pedestrian)."
 SKIP_HELP = "Leave out images with problems instead of stopping; nothing is changed on disk."
 
-DataDir = Annotated[Path | None, Option("--data", help="Folder with the data.", rich_help_panel=DATA)]
+DataDir = Annotated[Path | None, Option("--data", help="Folder with the data (coco: or its JSON file).", rich_help_panel=DATA)]
 ValData = Annotated[
-    Path | None, Option("--val-data", help="Folder with the validation data; default: a seeded 8:2 split of --data.", rich_help_panel=DATA)
+    Path | None, Option("--val-data", help="The same for validation; default: a seeded 8:2 split of --data.", rich_help_panel=DATA)
 ]
 FormatOption = Annotated[Format | None, Option("--format", help=FORMAT_HELP, rich_help_panel=DATA)]
 MappingOption = Annotated[Mapping | None, Option("--mapping", help=MAPPING_HELP, rich_help_panel=DATA)]

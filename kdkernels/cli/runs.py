@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ModelSection, RunConfig
-from .console import note, progress
+from .console import main_process, note, progress
 from .errors import UserError, checking_input
 
 if TYPE_CHECKING:
@@ -20,11 +19,6 @@ if TYPE_CHECKING:
     from kdkernels.training import TrainResult
 
 RESULT_FILE = "result.json"
-
-
-def main_process() -> bool:
-    """Whether this process is the one that prints, under torchrun or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def load_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset]:
@@ -131,7 +125,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     with checking_input():
         model = build_detector(spec)
     if main_process():
-        config.write(folder)
+        if not config.train.resume:
+            config.write(folder)
         tell_start(config, spec, train_set, val_set)
     result = _train(model, spec, train_set, val_set, config, teacher, losses)
     found = describe(config, result, spec, train_set, val_set)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from . import options as o
-from .console import console, note
+from .console import console, main_process, note
 from .errors import guarded, need
 
 
@@ -97,7 +97,7 @@ def _command(command: str, given: dict[str, Any]) -> None:
         typer.echo(config.to_yaml(), nl=False)
         return
     check(command, config)
-    from .runs import main_process, run
+    from .runs import run
 
     found = run(config)
     if main_process():
