@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from kdkernels.models import DetectorSpec, build_detector
 
 FAMILIES = ("fcos", "retinanet", "ssdlite", "fasterrcnn")
 SIZE = {"min_size": 96, "max_size": 128}
@@ -19,7 +21,8 @@ def detector(family: str, seed: int = 0, channels: int = 64, classes: int = 4, *
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "ssdlite":
-            return ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes, **options).train()
+            backbone = options.get("backbone", "mobilenet_v3_large")
+            return build_detector(DetectorSpec("ssdlite", backbone, classes, min_size=128, max_size=128)).train()
         body = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
         first = 1 if family == "fasterrcnn" else 2
         layers = {f"layer{i}": str(i - first) for i in range(first, 5)}

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from detectors import FAMILIES, batch, detector
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels import AIDLoss, BMFILoss, Distiller, FeatureTap, GKDLoss, Teacher
 
@@ -59,7 +59,7 @@ def test_evaluation_and_plain_training_are_left_alone() -> None:
 
 def test_channels_that_differ_get_an_adapter_in_the_trainable_parts() -> None:
     student = detector("ssdlite", 0)
-    teacher = detector("ssdlite", 1, width_mult=0.75)
+    teacher = detector("ssdlite", 1, backbone="mobilenet_v3_small")
     distiller = Distiller(student, teacher, {"bmfi": BMFILoss(), "gkd": GKDLoss()})
     before = {name: value.clone() for name, value in student.state_dict().items()}
     state = torch.get_rng_state()
@@ -81,7 +81,7 @@ def test_channels_that_differ_get_an_adapter_in_the_trainable_parts() -> None:
 
 
 def test_map_needs_no_adapter_for_channels() -> None:
-    student, teacher = detector("ssdlite", 0), detector("ssdlite", 1, width_mult=0.75)
+    student, teacher = detector("ssdlite", 0), detector("ssdlite", 1, backbone="mobilenet_v3_small")
     distiller = Distiller(student, teacher, {"gkd": GKDLoss()})
     sum(distiller(*batch()).values()).backward()
     assert not list(distiller.trainable.parameters()) and distiller.last_values()["kd_gkd"] > 0
@@ -279,10 +279,11 @@ def test_teacher_sees_the_students_frame_in_its_own_normalisation() -> None:
     with torch.no_grad():
         ours, _ = student.transform(images, targets)
     height, width = ours.image_sizes[0]
-    expected = ours.tensors[0, :, :height, :width] * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    expected = (expected + torch.tensor([0.485, 0.456, 0.406])[:, None, None] - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor(
-        [0.5, 0.25, 2.0]
-    )[:, None, None]
+    std, mean, new_mean, new_std = (
+        torch.tensor(values)[:, None, None]
+        for values in ([0.229, 0.224, 0.225], [0.485, 0.456, 0.406], [0.1, 0.2, 0.3], [0.5, 0.25, 2.0])
+    )
+    expected = (ours.tensors[0, :, :height, :width] * std + mean - new_mean) / new_std
     assert seen[0].shape == ours.tensors.shape
     torch.testing.assert_close(seen[0][0, :, :height, :width], expected, rtol=1e-4, atol=1e-5)
     assert seen[0][0, :, height:].abs().sum() == 0 and seen[0][0, :, :, width:].abs().sum() == 0

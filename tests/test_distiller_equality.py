@@ -119,7 +119,7 @@ def test_values_are_the_same_and_known_after_the_backward() -> None:
     inline = Distiller(student, teacher, losses())
     expected = explicit(*batch())
     found = inline(*batch())
-    assert float(found["kd_gkd"]) == 0.0 and "kd_gkd" not in inline.last_values()
+    assert found["kd_gkd"].item() == 0.0 and "kd_gkd" not in inline.last_values()
     assert "kd_bmfi" in inline.last_values()  # needs no student gradient, so the forward pass evaluates it
     sum(found.values()).backward()
     for name in losses():
@@ -153,4 +153,5 @@ def test_a_second_backward_through_the_same_graph_is_exact() -> None:
     value = distiller.last_values()["kd_gkd"].clone()
     (3.0 * total).backward()
     assert_equal_gradients({name: (p.grad - first[name]) / 3 for name, p in student.named_parameters()}, first)
-    assert distiller.last_values()["kd_gkd"] == value
+    # The second upstream gradient scales G_S by 3, which a relative epsilon does not feel but for rounding.
+    torch.testing.assert_close(distiller.last_values()["kd_gkd"], value, rtol=1e-5, atol=0)
