@@ -71,6 +71,20 @@ def test_info_says_versions_devices_backends_and_why_one_is_not_there() -> None:
     assert "pycocotools" in text
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kdkernels import backend
+
+    monkeypatch.setattr(backend, "_choice", name)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        backend.resolve("attention", [torch.zeros(1, 1, 1, 1)])
+    reason = " ".join(str(caught.value).split())
+    for arguments in (["train", "--data", tmp_path], ["demo", "--output", tmp_path / "out"]):
+        result = kdkernels(*arguments)
+        assert result.exit_code == 2 and reason in " ".join(result.stderr.split())
+    assert reason in " ".join(kdkernels("info").stdout.split())
+
+
 def test_inspect_lists_taps_with_channels_and_strides_and_marks_the_default() -> None:
     result = kdkernels("inspect", "fcos/slim-student", "--size", "96x320")
     rows = {cells[1]: cells for cells in map(_cells, result.stdout.splitlines()) if len(cells) == 5}

@@ -93,8 +93,11 @@ def test_evaluate_finds_the_runs_own_validation_data(runs: Runs, tmp_path: Path)
 
 def test_evaluate_takes_other_data_and_single_checkpoints(runs: Runs, tmp_path: Path) -> None:
     kdkernels("data", "convert", runs.data, runs.data / "coco.json")
+    split = json.loads((runs.teacher / "result.json").read_text(encoding="utf-8"))["data"]
     for checkpoint, arguments, images in (
-        (runs.teacher / "best.pt", ("--data", runs.data), 8),
+        (runs.teacher / "best.pt", ("--data", runs.data, "--split", "all"), 8),
+        (runs.teacher / "best.pt", ("--data", runs.data, "--split", "train"), split["train_images"]),
+        (runs.teacher / "best.pt", ("--data", runs.data), split["val_images"]),
         (runs.teacher / "checkpoints" / "last.pt", ("--data", runs.data / "coco.json", "--format", "coco"), 8),
     ):
         result = kdkernels("evaluate", checkpoint, *arguments, "--json", tmp_path / "ap.json")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import Stages, console, note
-from .errors import guarded, need
+from .errors import check_backend, guarded, need
 
 
 @guarded
@@ -24,6 +24,7 @@ def demo(
     GKD-BMFI takes, with BMFI, with GKD and BMFI, and with AID on BMFI. Writes results.json, results.md, report.html and pictures.
     """
     need("torchvision", "PIL", "pycocotools", "accelerate", "matplotlib", "jinja2")
+    check_backend()
     from kdkernels.recipes import DEMO, QUICK
     from kdkernels.report import demo_table, to_rich
 

@@ -83,6 +83,18 @@ def need(*modules: str) -> None:
         raise UserError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[{','.join(extras)}]'")
 
 
+def check_backend() -> None:
+    """Raises UserError with the reason when the backend that KDKERNELS_BACKEND names cannot run."""
+    import torch
+
+    from kdkernels import backend
+
+    try:
+        backend.resolve("attention", [torch.zeros(1, 1, 1, 1)])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
 def _say(label: str, error: BaseException) -> None:
     text = str(error)
     error_console().print(f"[bold red]{label}[/]{': ' if text else ''}{escape(text)}", soft_wrap=True, highlight=False)

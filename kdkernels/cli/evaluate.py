@@ -13,16 +13,18 @@ from .console import console, note, progress
 from .errors import UserError, checking_input, guarded, need
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import DataSection, RunConfig
 
 
 @guarded
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint in one (best.pt, checkpoints/last.pt).", show_default=False)],
     data: Annotated[Path | None, typer.Option("--data", help="Folder with the data. Default: the validation data of the run.")] = None,
-    format: Annotated[o.Format | None, typer.Option("--format", help=o.FORMAT_HELP)] = None,
-    mapping: Annotated[o.Mapping | None, typer.Option("--mapping", help=o.MAPPING_HELP)] = None,
-    split: Annotated[o.Split, typer.Option("--split", help="With --data: all images, or a part of the seeded 8:2 split.")] = o.Split.all,
+    format: Annotated[o.Format | None, typer.Option("--format", help=f"Default: the run's. {o.FORMAT_HELP}")] = None,
+    mapping: Annotated[o.Mapping | None, typer.Option("--mapping", help=f"Default: the run's. {o.MAPPING_HELP}")] = None,
+    split: Annotated[
+        o.Split | None, typer.Option("--split", help="Part of the data. Default: all, but never what the run was trained on.")
+    ] = None,
     split_seed: Annotated[int | None, typer.Option("--split-seed", help="Seed of the split.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=o.SKIP_HELP)] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 8,
@@ -40,22 +42,12 @@ def evaluate(
 
     from kdkernels.evaluation import evaluate_detector
 
-    from .config import RUN_FILE, DataSection
     from .runs import load_model, load_part, tell_skipped
 
     detector, spec, classes = load_model(model)
     config = _data_config(model)
-    flags = {"format": format and format.value, "mapping": mapping and mapping.value, "split_seed": split_seed}
-    part = None if split is o.Split.all else split.value
-    if data is not None:
-        config.data = DataSection(root=str(data))
-    elif config.data.root is None:
-        raise UserError(f"{model} does not say what data it was trained on (no {RUN_FILE}): give --data DIR")
-    elif config.data.val is not None:
-        config.data.root = config.data.val
-    else:
-        part = "val"
-    for key, value in flags.items():
+    part = _choose_data(config.data, model, data, split)
+    for key, value in {"format": format and format.value, "mapping": mapping and mapping.value, "split_seed": split_seed}.items():
         if value is not None:
             setattr(config.data, key, value)
     config.data.skip_bad = config.data.skip_bad or skip_bad
@@ -82,6 +74,26 @@ def evaluate(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         note(f"written: {json_file}")
+
+
+def _choose_data(section: DataSection, model: Path, data: Path | None, split: o.Split | None) -> str | None:
+    """Set `section.root` to the data to evaluate on; returns the part of it, None for all.
+
+    The data that the run was split from means its validation part unless `split` asks for something else.
+    """
+    if data is None and section.root is None:
+        raise UserError(f"{model} does not say what data it was trained on (no run.yaml): give --data DIR")
+    same = data is None or (section.root is not None and data.resolve() == Path(section.root).resolve())
+    default = "val" if same and section.val is None else None
+    if data is not None:
+        section.root = str(data)
+    elif section.val is not None:
+        section.root = section.val
+    if split is None:
+        if data is not None and default is not None:
+            note(f"{data} is what the run was trained on: evaluating on its validation part (--split all takes everything)")
+        return default
+    return None if split is o.Split.all else split.value
 
 
 def _data_config(model: Path) -> RunConfig:

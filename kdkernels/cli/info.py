@@ -10,7 +10,7 @@ from importlib import metadata
 from rich.table import Table
 
 from .console import console, escape
-from .errors import guarded
+from .errors import UserError, check_backend, guarded
 
 #: Distribution -> module, extra.
 PACKAGES = {
@@ -50,6 +50,10 @@ def info() -> None:
         row = (name, _yes(values["available"]), _yes(values["active"]), values["version"] or "", values["reason"])
         backends.add_row(*map(escape, row))
     out.print(backends)
+    try:
+        check_backend()
+    except UserError as error:
+        out.print(escape(str(error)), highlight=False)
 
     packages = Table("package", "version", "install with", title="optional packages")
     for distribution, (module, extra) in PACKAGES.items():

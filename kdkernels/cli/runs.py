@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import ModelSection, RunConfig
 from .console import main_process, note, progress
-from .errors import UserError, checking_input
+from .errors import UserError, check_backend, checking_input
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +112,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     from kdkernels.models import build_detector
     from kdkernels.recipes import build_losses
 
+    check_backend()
     folder = Path(config.train.run_dir or "")
     check_folder(folder, config.train.resume)
     with checking_input():
