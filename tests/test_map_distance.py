@@ -154,6 +154,16 @@ def test_the_relative_epsilon_keeps_tiny_maps_and_the_absolute_one_removes_them(
     assert absolute.max() < 1e-4
 
 
+@pytest.mark.parametrize("normalize", ["minmax", "zscore"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+def test_maps_of_any_scale_that_fp32_holds(scale, normalize):
+    # Gradients times a loss scale or an underflowing one: a variance of 1e-44 or 1e60 is not an fp32 number.
+    m_s, m_t = cases.rounded(_maps(22, scale=scale), torch.float32), cases.rounded(_maps(23), torch.float32)
+    got = functional.map_distance(cases.tensors(m_s, torch.float32), cases.tensors(m_t, torch.float32), normalize=normalize)
+    want = [maps.map_distance(*level, maps.Options(normalize)) for level in zip(m_s, m_t, strict=True)]
+    assert_close(got, np.stack(want), rtol=RTOL32)
+
+
 def test_tiny_is_the_smallest_normal_number_of_the_accumulation_type():
     m_s, m_t = [np.array([[[0.0, 2.0**-126]]])], [np.array([[[0.0, 0.0]]])]
     got = functional.map_distance(cases.tensors(m_s, torch.float32), cases.tensors(m_t, torch.float32))

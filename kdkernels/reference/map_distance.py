@@ -34,11 +34,14 @@ def normalize_map(
         constant = m == 0
     else:
         y = r - r.mean((1, 2), keepdim=True)
-        variance = (y * y).mean((1, 2), keepdim=True)
-        # A rounded mean leaves a small rest on a constant map: its range, not its variance, tells. A variance can also underflow.
-        # The difference, because infinity equals itself: a map of infinities is not constant.
-        constant = (r.amax((1, 2), keepdim=True) - r.amin((1, 2), keepdim=True) == 0) | (variance == 0)
-        m = torch.where(constant, 1, variance).sqrt()
+        # A rounded mean leaves a small rest on a constant map: its range, not its variance, tells. A difference, because infinity
+        # equals itself: a map of infinities is not constant.
+        span = (r.amax((1, 2), keepdim=True) - r.amin((1, 2), keepdim=True)).detach()
+        constant = span == 0
+        span = torch.where(constant, 1, span)
+        # In units of the range, so that the squares of very small or large maps are still fp32 numbers; the units cancel.
+        variance = (y / span).square().mean((1, 2), keepdim=True)
+        m = span * torch.where(constant, 1, variance).sqrt()
     denominator = m * (1 + eps) + torch.finfo(r.dtype).tiny if eps_mode == "relative" else m + eps
     # The inner `where` keeps 0/0 out of the backward, the outer one takes the gradient away.
     return torch.where(constant, 0, y / torch.where(constant, 1, denominator))
