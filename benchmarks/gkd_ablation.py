@@ -45,16 +45,19 @@ def runs() -> list[Run]:
         return GKDLoss(form="imitation", **options)
 
     explicit = {"mode": "explicit"}
-    long = [
-        Run("long", "plain", steps=LONG),
-        Run("long", "plain, equal time", steps=int(LONG * EQUAL_TIME)),
-        Run("long", "BMFI", lambda: {"bmfi": bmfi()}, LONG),
-        Run("long", "GKD map", lambda: {"gkd": GKDLoss(weight=0.1)}, LONG),
-        Run("long", "GKD imitation", lambda: {"gkd": imitation(weight=60.0, spatial=True)}, LONG),
-        Run("long", "GKD-BMFI", lambda: {"gkd": GKDLoss(weight=0.1), "bmfi": bmfi()}, LONG),
-        Run("long", "AID-BMFI", lambda: {"aid": AIDLoss(bmfi(), alpha=0.1)}, LONG),
-        Run("long", "plain MSE", lambda: {"mse": PlainMSE(weight=20.0)}, LONG),
+    rows: list[tuple[str, Losses, float]] = [
+        ("plain", dict, 1.0),
+        ("plain, equal time", dict, EQUAL_TIME),
+        ("BMFI", lambda: {"bmfi": bmfi()}, 1.0),
+        ("GKD map", lambda: {"gkd": GKDLoss(weight=0.1)}, 1.0),
+        ("GKD imitation", lambda: {"gkd": imitation(weight=60.0, spatial=True)}, 1.0),
+        ("GKD-BMFI", lambda: {"gkd": GKDLoss(weight=0.1), "bmfi": bmfi()}, 1.0),
+        ("AID-BMFI", lambda: {"aid": AIDLoss(bmfi(), alpha=0.1)}, 1.0),
+        ("plain MSE", lambda: {"mse": PlainMSE(weight=20.0)}, 1.0),
     ]
+    # As in the demo, and in the configurations released with GKD, all students start with the teacher's neck and head.
+    inherited = {"init_student": True}
+    long = [Run("long", name, losses, int(LONG * factor), config=inherited) for name, losses, factor in rows]
     maps: list[tuple[str, Losses, dict[str, Any]]] = [
         ("plain", dict, {}),
         ("map, weight 0.1", lambda: {"gkd": GKDLoss(weight=0.1)}, {}),

@@ -53,13 +53,13 @@ class Recipe:
     val_seed: int = 1
     teacher_seed: int = 0
     teacher_steps: int = 540
-    student_steps: int = 270
+    student_steps: int = 250
     batch_size: int = 8
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     warmup_steps: int = 30
     clip_norm: float = 10.0
-    inherit: bool = False
+    inherit: bool = True
     losses: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(LOSSES))
     aid_alpha: float = AID_ALPHA
 
