@@ -46,6 +46,15 @@ def ablation(study: str) -> str:
     return to_markdown(Table("COCO AP x 100 on 150 validation images", columns, rows))
 
 
+def diagnosis() -> str:
+    """Medians at P3, P4, P5 on training and on validation images."""
+    parts = json.loads((RESULTS / "gkd-map-diagnosis.json").read_text())
+    names = list(parts["training images"])
+    cells = [[f"{level['median']:.3g}" for part in parts.values() for level in part[name]] for name in names]
+    columns = ["median over images", *(f"{part.split()[0]}, {level}" for part in parts for level in ("P3", "P4", "P5"))]
+    return to_markdown(Table("64 images of each set, student after 150 steps", columns, [[n, *c] for n, c in zip(names, cells, strict=True)]))
+
+
 def order(study: str) -> list[str]:
     from gkd_ablation import runs
 
@@ -73,6 +82,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "ablation-long": lambda: ablation("long"),
     "ablation-map": lambda: ablation("map"),
+    "gkd-map-diagnosis": diagnosis,
     "ablation-aid": lambda: ablation("aid"),
     "real-kitti": lambda: real("kitti"),
     "real-coco-traffic": lambda: real("coco-traffic"),
