@@ -1,7 +1,7 @@
 """Why GKD's map term teaches little: gradient sizes, who collects the gradient, and how steady the maps are.
 
-`python benchmarks/gkd_map_diagnosis.py` needs the data and the teacher that gkd_ablation.py makes, and writes gkd-map-diagnosis.json beside its
-results.
+`python benchmarks/gkd_map_diagnosis.py` needs the data and the teacher that gkd_ablation.py makes, and writes
+gkd-map-diagnosis.json beside its results.
 """
 
 from __future__ import annotations

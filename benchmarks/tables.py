@@ -52,7 +52,8 @@ def diagnosis() -> str:
     names = list(parts["training images"])
     cells = [[f"{level['median']:.3g}" for part in parts.values() for level in part[name]] for name in names]
     columns = ["median over images", *(f"{part.split()[0]}, {level}" for part in parts for level in ("P3", "P4", "P5"))]
-    return to_markdown(Table("64 images of each set, student after 150 steps", columns, [[n, *c] for n, c in zip(names, cells, strict=True)]))
+    rows = [[name, *numbers] for name, numbers in zip(names, cells, strict=True)]
+    return to_markdown(Table("64 images of each set, student after 150 steps", columns, rows))
 
 
 def order(study: str) -> list[str]:
