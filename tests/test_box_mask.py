@@ -144,21 +144,25 @@ def test_the_order_of_the_boxes_does_not_matter():
 
 
 def test_floor_and_ceil_take_the_product_before_the_quotient():
-    # 224 of 416 pixels is exactly column 7 of 13, but x / width * W is a rounding error above 7 there, and its ceil 8.
-    wrong = 0
-    for width, cells in ((416, 13), (1344, 21), (1344, 42), (1333, 168)):
-        for edge in range(1, cells + 1):
+    # 224 of 416 pixels is exactly column 7 of 13, but x / width * W is a rounding error above 7 there, and its ceil 8; 456 of 1344 is
+    # column 57 of 168, and the other order a rounding error below it.
+    above = below = 0
+    for width, cells in ((416, 13), (1344, 21), (1344, 42), (1344, 168), (800, 100)):
+        for edge in range(1, cells):
             if (edge * width) % cells:
                 continue
-            x2 = np.float32(edge * width // cells)
-            (mask,) = functional.box_mask([torch.tensor([[0.0, 0.0, float(x2), 8.0]])], (8, width), [(1, cells)], kind="binary")
-            assert int(mask.sum()) == edge, (width, cells, edge)
-            wrong += math.ceil(np.float32(np.float32(x2 / np.float32(width)) * np.float32(cells))) != edge
+            x = float(edge * width // cells)
+            left, right = torch.tensor([[0.0, 0.0, x, 8.0]]), torch.tensor([[x, 0.0, float(width), 8.0]])
+            (mask,) = functional.box_mask([left, right], (8, width), [(1, cells)], kind="binary")
+            assert mask.sum((1, 2)).tolist() == [edge, cells - edge], (width, cells, edge)
+            other_order = np.float32(np.float32(x) / np.float32(width)) * np.float32(cells)
+            above, below = above + (other_order > edge), below + (other_order < edge)
+    assert above > 0, "the cases would not catch the other order in ceil"
+    assert below > 0, "the cases would not catch the other order in floor"
     rng = np.random.RandomState(0)
     for _ in range(60):
         x1, y1, w, h = rng.randint(0, 1200), rng.randint(0, 300), rng.randint(1, 140), rng.randint(1, 75)
         _check([np.array([[x1, y1, x1 + w, y1 + h]], dtype=np.float64)], (375, 1333), [(12, 42)], kind="binary")
-    assert wrong > 0, "the cases would not catch the other order"
 
 
 @pytest.mark.parametrize("side", [20.0, 55.9, 56.0, 111.0, 112.0, 223.5, 224.0, 448.0, 1000.0])
