@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .losses import AIDLoss, BMFILoss, DistillationLoss, FusedLoss, GKDLoss
+from .losses import AIDLoss, BMFILoss, DistillationLoss, FusedLoss, GKDLoss, teacher_shares
 from .ops import attention, box_mask, channel_mean, feature_imitation, map_distance, normalize_map, weighted_channel_sum
 from .pyramid import Pyramid
 
@@ -25,6 +25,7 @@ __all__ = [
     "gkd",
     "map_distance",
     "normalize_map",
+    "teacher_shares",
     "weighted_channel_sum",
 ]
 

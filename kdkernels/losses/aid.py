@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ..pyramid import Pyramid, as_pyramid, check_choice
 from .base import DistillationLoss
 
 GRANULARITIES = ("image", "level x image", "level", "batch")
+SHARES = ("softmax", "argmin")
 
 
 class AIDSide(NamedTuple):
@@ -48,6 +50,8 @@ class AIDLoss(DistillationLoss):
         self.needs = base.needs | {"teacher_losses"}
         self.compares_features = base.compares_features
         self.argument_names = base.argument_names
+        # Whoever provides the student's gradients asks for it, to know whether they need a graph.
+        self.grad_mode = getattr(base, "grad_mode", None)
 
     def inline_refusal(self) -> str | None:
         return self.base.inline_refusal()
@@ -110,3 +114,26 @@ class AIDLoss(DistillationLoss):
         if self.granularity == "level":
             return t.mean(1, keepdim=True)
         return t.sum(0).mean() if self.granularity == "batch" else t
+
+
+@torch.no_grad()
+def teacher_shares(teacher_losses: Sequence[Tensor], mode: str = "softmax") -> list[Tensor]:
+    """How much each of several teachers counts (released AID code): one tensor a teacher, fp32, summing to 1 over the teachers.
+
+    teacher_losses: one t a teacher, all scalars or all of one shape (L, N), (L, 1) or (1, N).
+    softmax: exp(-t) / sum over teachers of exp(-t), t summed over the levels first: a scalar or (1, N) (or (1, 1)).
+    argmin:  1 for the teacher with the smallest t, 0 for the others, at each entry of t; the first of equal ones.
+    The shares multiply losses of reduction="none": `sum((w * aid(s, f, ..., teacher_losses=t)).sum() for w, f, t in ...)`.
+    Raises ValueError for an unknown mode, no teacher, or shapes that differ.
+    """
+    check_choice("mode", mode, SHARES)
+    losses = [torch.as_tensor(t, dtype=torch.float32) for t in teacher_losses]
+    shapes = [tuple(t.shape) for t in losses]
+    if not losses or len(set(shapes)) > 1 or len(shapes[0]) not in (0, 2):
+        raise ValueError(f"teacher_losses: wanted one scalar or one 2-D (levels, images) tensor a teacher, all alike; got shapes {shapes}")
+    stacked = torch.stack(losses)
+    if mode == "softmax":
+        total = stacked.sum(1, keepdim=True) if stacked.dim() == 3 else stacked
+        return list((-total).softmax(0))
+    teachers = torch.arange(len(losses), device=stacked.device).view(-1, *([1] * len(shapes[0])))
+    return list((teachers == stacked.argmin(0)).float())

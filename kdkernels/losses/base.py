@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.box_mask import check_boxes
-from ..pyramid import Pyramid, check_choice
+from ..pyramid import Pyramid, as_pyramid, check_choice, check_match
 from ..reference.box_mask import Boxes, is_padded
 
 REDUCTIONS = ("sum", "none")
@@ -90,6 +90,10 @@ class DistillationLoss(nn.Module):
     def evaluate(self, student_features: Pyramid, teacher_features: Pyramid, **given: Any) -> Tensor:
         """The loss from all arguments by name (those of FusedLoss); raises ValueError when one that it needs is missing."""
         self.require(given)
+        student, student_names = as_pyramid("student_features", student_features)
+        teacher, teacher_names = as_pyramid("teacher_features", teacher_features)
+        axes = "NCHW" if self.compares_features else "N"
+        check_match("student_features", student, student_names, "teacher_features", teacher, teacher_names, axes)
         student_gradients = given.pop("student_gradients", None)
         side = self.teacher_side(teacher_features, **given)
         return self.reduce(self.terms(student_features, side, student_gradients))

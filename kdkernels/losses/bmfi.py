@@ -123,23 +123,22 @@ class BMFILoss(DistillationLoss):
         if self.attention_from == "mean":
             spatial = [((a + b) / 2).detach() for a, b in zip(own_spatial, spatial, strict=True)]
             channel = [((a + b) / 2).detach() for a, b in zip(own_channel, channel, strict=True)]
-
-        def imitation(weights: list[Tensor]) -> Tensor:
-            return ops.feature_imitation(features, side.features, weights, channel)
-
+        # The grains differ in their spatial weights only, so one pass over the features serves all.
+        grains: dict[str, list[Tensor]] = {}
         if self.alpha:
-            terms["region"] = imitation([m * s for m, s in zip(side.mask, spatial, strict=True)]) * (self.weight * self.alpha / batch)
+            grains["region"] = [m * s * self.alpha for m, s in zip(side.mask, spatial, strict=True)]
+        if self.lambda_:
+            grains["whole"] = [s * (self.lambda_ / (s.shape[1] * s.shape[2])) for s in spatial]
+        if self.beta_bg:
+            grains["background"] = [m * s * self.beta_bg for m, s in zip(side.background, spatial, strict=True)]
+        if grains:
+            weights = [torch.stack(level, 1) for level in zip(*grains.values(), strict=True)]
+            imitation = ops.feature_imitation(features, side.features, weights, channel) * (self.weight / batch)
+            terms.update(zip(grains, imitation.unbind(-1) if features else [imitation] * len(grains), strict=True))
         if self.gamma:
             distance = [
                 (a - b).abs().sum((1, 2)) + (c - d).abs().sum(1)
                 for a, b, c, d in zip(own_spatial, side.spatial, own_channel, side.channel, strict=True)
             ]
             terms["attention"] = stack_levels(distance) * (self.weight * self.gamma / batch)
-        if self.lambda_:
-            mean = [s / (s.shape[1] * s.shape[2]) for s in spatial]
-            terms["whole"] = imitation(mean) * (self.weight * self.lambda_ / batch)
-        if self.beta_bg:
-            terms["background"] = imitation([m * s for m, s in zip(side.background, spatial, strict=True)]) * (
-                self.weight * self.beta_bg / batch
-            )
         return terms

@@ -19,12 +19,14 @@ def feature_imitation(
     """sum_{c,h,w} spatial * channel * (s - t)^2, without a normaliser (BMFI's region and whole-map grains, GKD's imitation form).
 
     s, t: pyramids of (N, C, H, W), each 16-bit, fp32 or fp64. spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None.
-    Returns (L, N), fp32 (fp64 if any is). Raises ValueError, naming both sides' level shapes, where they do not fit.
+    Returns (L, N), fp32 (fp64 if any is); with spatial of (N, K, H, W), K weights that share the pass over the features, (L, N, K).
+    Raises ValueError, naming both sides' level shapes, where they do not fit.
     """
     levels_s, names_s = as_pyramid("s", s)
     levels_t, names_t = as_pyramid("t", t)
     check_match("s", levels_s, names_s, "t", levels_t, names_t)
-    _check("spatial", spatial, [(x.shape[0], *x.shape[2:]) for x in levels_s])
+    several = (spatial[0].shape[1],) if spatial and spatial[0].dim() == 4 else ()
+    _check("spatial", spatial, [(x.shape[0], *several, *x.shape[2:]) for x in levels_s])
     _check("channel", channel, [tuple(x.shape[:2]) for x in levels_s])
     return backend.call("feature_imitation", levels_s, levels_s, levels_t, spatial, channel)
 

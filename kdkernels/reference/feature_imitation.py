@@ -15,7 +15,7 @@ def feature_imitation(
     """sum_{c,h,w} spatial * channel * (s - t)^2, without a normaliser (BMFI's region and whole-map grains, GKD's imitation form).
 
     s, t: L tensors (N, C, H, W). spatial: L tensors (N, H, W) or None; channel: L tensors (N, C) or None.
-    Returns (L, N), fp32 (fp64 for fp64).
+    Returns (L, N), fp32 (fp64 for fp64); with spatial of (N, K, H, W), K weights that share the pass over the features, (L, N, K).
     """
     rows = []
     for level, (a, b) in enumerate(zip(s, t, strict=True)):
@@ -25,6 +25,8 @@ def feature_imitation(
             d = d * channel[level][:, :, None, None]
         if spatial is None:
             rows.append(d.sum((1, 2, 3)))
-        else:
+        elif spatial[level].dim() == 3:
             rows.append((d.sum(1) * spatial[level]).sum((1, 2)))
+        else:
+            rows.append((d.sum(1, keepdim=True) * spatial[level]).sum((2, 3)))
     return stack_levels(rows)
