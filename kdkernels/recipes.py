@@ -52,7 +52,7 @@ class Recipe:
     train_seed: int = 0
     val_seed: int = 1
     teacher_seed: int = 0
-    teacher_steps: int = 540
+    teacher_steps: int = 600
     student_steps: int = 250
     batch_size: int = 8
     learning_rate: float = 2e-3
