@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,9 +19,15 @@ _ABSENT = {
     "native": "this version of kdkernels contains no compiled library",
 }
 _implementations: dict[str, dict[str, Callable]] = {"reference": {}}
-# Not validated here: a wrong environment must not stop `import kdkernels`; the first use raises.
-_choice = os.environ.get("KDKERNELS_BACKEND", "").strip().lower() or "auto"
 _fallback_told = False
+
+
+def from_environment() -> str:
+    """What KDKERNELS_BACKEND says; not validated: a wrong environment must not stop `import kdkernels`, the first use raises."""
+    return os.environ.get("KDKERNELS_BACKEND", "").strip().lower() or "auto"
+
+
+_choice = from_environment()
 
 
 def set_backend(name: str) -> None:
@@ -90,8 +95,6 @@ def _tell_fallback() -> None:
 
 
 def _installed(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return None
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

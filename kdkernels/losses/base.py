@@ -133,10 +133,7 @@ class DistillationLoss(nn.Module):
         first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
         key = (tuple(names), stacked.shape[1], stacked.device)
         flags = self._flags.get(key)
-        if flags is None or flags.is_inference():
-            self._flags[key] = first if flags is None else torch.where(flags == 0, first, flags)
-        else:
-            flags.copy_(torch.where(flags == 0, first, flags))
+        self._flags[key] = first if flags is None else torch.where(flags == 0, first, flags)
         if self.on_nonfinite == "raise":
             found = self.check()
             if found:

@@ -1,0 +1,110 @@
+"""The choice of the backend: what can be named, what is refused and why, and what `auto` says."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import pytest
+import torch
+from test_import import run
+
+import kdkernels
+from kdkernels import backend, functional
+
+
+@pytest.fixture(autouse=True)
+def restore(monkeypatch):
+    monkeypatch.setattr(backend, "_choice", "auto")
+    monkeypatch.setattr(backend, "_fallback_told", False)
+
+
+def active() -> list[str]:
+    return [name for name, info in kdkernels.backend_info().items() if info["active"]]
+
+
+def test_info_says_for_each_backend_whether_it_runs_and_why_not():
+    info = kdkernels.backend_info()
+    assert list(info) == ["reference", "triton", "native"]
+    for name, entry in info.items():
+        assert set(entry) == {"available", "active", "reason", "version"}
+        assert bool(entry["reason"]) != entry["available"], name
+    assert info["reference"]["available"] and info["reference"]["version"] == torch.__version__
+    assert active() == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_backend_that_runs_can_be_chosen(name):
+    kdkernels.set_backend(name)
+    assert active() == ["reference"]
+    assert functional.channel_mean([torch.full((1, 2, 3, 4), 2.0)])[0].tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_naming_a_backend_that_cannot_run_gives_the_reason_and_changes_nothing(name):
+    reason = kdkernels.backend_info()[name]["reason"]
+    with pytest.raises(RuntimeError, match=reason) as error:
+        kdkernels.set_backend(name)
+    assert repr(name) in str(error.value)
+    assert active() == ["reference"]
+    functional.channel_mean([torch.ones(1, 1, 1, 1)])
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Reference"])
+def test_an_unknown_backend_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="auto, reference, triton, native"):
+        kdkernels.set_backend(name)
+    assert active() == ["reference"]
+
+
+def test_auto_tells_its_fallback_once(caplog):
+    with caplog.at_level(logging.INFO, logger="kdkernels"):
+        for _ in range(3):
+            functional.channel_mean([torch.ones(1, 1, 1, 1)])
+    assert [record.name for record in caplog.records] == ["kdkernels"]
+    message = caplog.records[0].getMessage()
+    assert all(word in message for word in ("reference", "triton", "native"))
+
+
+def test_a_named_reference_has_nothing_to_tell(caplog):
+    kdkernels.set_backend("reference")
+    with caplog.at_level(logging.INFO, logger="kdkernels"):
+        functional.channel_mean([torch.ones(1, 1, 1, 1)])
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("", None), ("AUTO ", None), ("reference", None), ("triton", RuntimeError), ("native", RuntimeError), ("fast", ValueError)],
+)
+def test_the_environment_chooses(monkeypatch, value, error):
+    monkeypatch.setenv("KDKERNELS_BACKEND", value)
+    monkeypatch.setattr(backend, "_choice", backend.from_environment())
+    kdkernels.backend_info()
+    with contextlib.nullcontext() if error is None else pytest.raises(error, match="reference"):
+        functional.channel_mean([torch.ones(1, 1, 1, 1)])
+    kdkernels.set_backend("reference")
+    assert functional.channel_mean([torch.ones(1, 1, 1, 1)])[0].item() == 1
+
+
+def test_an_environment_that_cannot_run_does_not_stop_the_import_but_the_first_use():
+    code = """
+import torch, kdkernels
+try:
+    kdkernels.functional.channel_mean([torch.ones(1, 1, 1, 1)])
+except RuntimeError as error:
+    print(error)
+"""
+    assert "'native' cannot run" in run(code, KDKERNELS_BACKEND="native")
+
+
+def test_every_primitive_is_registered():
+    assert set(functional.__all__) - {"gkd", "bmfi", "aid", "fused", "teacher_shares"} == set(backend._implementations["reference"])
+
+
+def test_autocast_around_a_primitive_changes_nothing():
+    x = [torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))]
+    plain = functional.attention(x)[0][0], functional.channel_mean(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = functional.attention(x)[0][0], functional.channel_mean(x)[0]
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(plain, inside, strict=True))
