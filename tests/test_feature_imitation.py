@@ -75,6 +75,24 @@ def test_differences_of_large_16_bit_numbers_do_not_overflow():
     assert functional.feature_imitation([s], [t]).item() == pytest.approx(8 * (2 * 59999.99) ** 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("channel", [False, True])
+def test_several_spatial_weights_share_the_pass(channel):
+    s, t, _, b = _case(6, channel=channel)
+    masks = [[np.abs(level[:, 0]) for level in cases.pyramid(60 + k)] for k in range(3)]
+    x = cases.tensors(s, requires_grad=True)
+    stacked = [torch.tensor(np.stack(level, axis=1)) for level in zip(*masks, strict=True)]
+    got = functional.feature_imitation(x, cases.tensors(t), stacked, _maybe(b))
+    assert got.shape == (3, 2, 3)
+    for k, mask in enumerate(masks):
+        want = np.stack([primitives.feature_imitation(s[i], t[i], mask[i], _at(b, i)) for i in range(3)])
+        assert_close(got[..., k], want, what=f"weight {k}")
+        up = cases.upstream(k, 3, 2)
+        gradients = torch.autograd.grad((got[..., k] * torch.tensor(up)).sum(), x, retain_graph=True)
+        for i in range(3):
+            want = primitives.feature_imitation_gradient(s[i], t[i], mask[i], _at(b, i), up[i])
+            assert_close(gradients[i], want, what=f"weight {k}: gradient of level {i}")
+
+
 def test_layouts():
     s, t, a, b = _case(4)
     x = [level.contiguous(memory_format=torch.channels_last) for level in cases.tensors(s)]
