@@ -73,7 +73,6 @@ class AIDLoss(DistillationLoss):
             raise TypeError(f"{type(self.base).__name__} takes no argument {', '.join(unknown)}")
         return self.evaluate(**given, **kwargs, teacher_losses=teacher_losses)
 
-    @torch.no_grad()
     def teacher_side(
         self,
         teacher_features: Pyramid,
@@ -82,13 +81,14 @@ class AIDLoss(DistillationLoss):
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | float | None = None,
     ) -> AIDSide:
-        if teacher_losses is None:
-            raise ValueError("AIDLoss needs teacher_losses, which is missing")
-        levels, _ = as_pyramid("teacher_features", teacher_features)
-        shape = (len(levels), levels[0].shape[0]) if levels else (0, 0)
-        base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
-        t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=levels[0].device if levels else None)
-        return AIDSide(base, torch.exp(-self.alpha * self._arrange(t, shape)))
+        with torch.no_grad():
+            if teacher_losses is None:
+                raise ValueError("AIDLoss needs teacher_losses, which is missing")
+            levels, _ = as_pyramid("teacher_features", teacher_features)
+            shape = (len(levels), levels[0].shape[0]) if levels else (0, 0)
+            base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
+            t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=levels[0].device if levels else None)
+            return AIDSide(base, torch.exp(-self.alpha * self._arrange(t, shape)))
 
     def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
         terms = self.base.terms(student_features, side.base, student_gradients)

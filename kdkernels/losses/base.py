@@ -124,20 +124,20 @@ class DistillationLoss(nn.Module):
         self._flags.clear()
         return found
 
-    @torch.no_grad()
     def _record(self, names: list[str], values: list[Tensor]) -> None:
-        stacked = torch.stack([v.detach() for v in values])
-        if stacked.numel() == 0:
-            return
-        bad = ~stacked.isfinite()
-        first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
-        key = (tuple(names), stacked.shape[1], stacked.device)
-        flags = self._flags.get(key)
-        self._flags[key] = first if flags is None else torch.where(flags == 0, first, flags)
-        if self.on_nonfinite == "raise":
-            found = self.check()
-            if found:
-                raise NonFiniteError(found)
+        with torch.no_grad():
+            stacked = torch.stack([v.detach() for v in values])
+            if stacked.numel() == 0:
+                return
+            bad = ~stacked.isfinite()
+            first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
+            key = (tuple(names), stacked.shape[1], stacked.device)
+            flags = self._flags.get(key)
+            self._flags[key] = first if flags is None else torch.where(flags == 0, first, flags)
+            if self.on_nonfinite == "raise":
+                found = self.check()
+                if found:
+                    raise NonFiniteError(found)
 
 
 def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int, int] | None, *options: Any) -> list[Tensor]:

@@ -92,7 +92,6 @@ class BMFILoss(DistillationLoss):
         """
         return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size)
 
-    @torch.no_grad()
     def teacher_side(
         self,
         teacher_features: Pyramid,
@@ -101,15 +100,16 @@ class BMFILoss(DistillationLoss):
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | None = None,
     ) -> BMFISide:
-        features, names = as_pyramid("teacher_features", teacher_features)
-        features = [x.detach() for x in features]
-        spatial, channel = ops.attention(features, self.temperature)
-        mask = outside = None
-        if self.needs:
-            self.require({"boxes": boxes, "image_size": image_size})
-            mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
-            outside = [background(m) for m in mask] if self.beta_bg else None
-        return BMFISide(features, names, spatial, channel, mask, outside)
+        with torch.no_grad():
+            features, names = as_pyramid("teacher_features", teacher_features)
+            features = [x.detach() for x in features]
+            spatial, channel = ops.attention(features, self.temperature)
+            mask = outside = None
+            if self.needs:
+                self.require({"boxes": boxes, "image_size": image_size})
+                mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
+                outside = [background(m) for m in mask] if self.beta_bg else None
+            return BMFISide(features, names, spatial, channel, mask, outside)
 
     def terms(self, student_features: Pyramid, side: BMFISide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
         features, names = as_pyramid("student_features", student_features)

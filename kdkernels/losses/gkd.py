@@ -155,7 +155,6 @@ class GKDLoss(DistillationLoss):
             image_size=image_size,
         )
 
-    @torch.no_grad()
     def teacher_side(
         self,
         teacher_features: Pyramid,
@@ -164,21 +163,22 @@ class GKDLoss(DistillationLoss):
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | None = None,
     ) -> GKDSide:
-        features, names = as_pyramid("teacher_features", teacher_features)
-        shapes = [tuple(x.shape) for x in features]
-        gradients = self._gradients("teacher", teacher_gradients, features, names)
-        if self.form == "map":
-            return GKDSide(shapes, names, self._maps(features, gradients), boxes, image_size)
-        features = [x.detach() for x in features]
-        return GKDSide(
-            shapes,
-            names,
-            self._spatial_weights(features, gradients, boxes, image_size),
-            boxes,
-            image_size,
-            features,
-            self._channel_factors(gradients),
-        )
+        with torch.no_grad():
+            features, names = as_pyramid("teacher_features", teacher_features)
+            shapes = [tuple(x.shape) for x in features]
+            gradients = self._gradients("teacher", teacher_gradients, features, names)
+            if self.form == "map":
+                return GKDSide(shapes, names, self._maps(features, gradients), boxes, image_size)
+            features = [x.detach() for x in features]
+            return GKDSide(
+                shapes,
+                names,
+                self._spatial_weights(features, gradients, boxes, image_size),
+                boxes,
+                image_size,
+                features,
+                self._channel_factors(gradients),
+            )
 
     def terms(self, student_features: Pyramid, side: GKDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
         features, names = as_pyramid("student_features", student_features)
