@@ -14,7 +14,8 @@ gkd = GKDLoss(weight=1.0)
 optimizer = torch.optim.SGD([*student.parameters(), *heads[1].parameters()], lr=0.1)
 for step in range(3):
     features_t, features_s = [teacher(images).detach().requires_grad_()], [student(images)]
-    task_t, task_s = (nn.functional.cross_entropy(head(f[0]), labels) for head, f in zip(heads, (features_t, features_s)))
+    task_t = nn.functional.cross_entropy(heads[0](features_t[0]), labels)
+    task_s = nn.functional.cross_entropy(heads[1](features_s[0]), labels)
     gradients_t = torch.autograd.grad(task_t, features_t)
     gradients_s = torch.autograd.grad(task_s, features_s, retain_graph=True)
     kd = gkd(features_s, features_t, gradients_s, gradients_t)

@@ -127,7 +127,8 @@ def test_values_are_the_same_and_known_after_the_backward() -> None:
         assert value > 0
         torch.testing.assert_close(value, expected[f"kd_{name}"].detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(found[f"kd_{name}"].detach(), value, rtol=0, atol=0)
-    assert set(inline.last_values()) == set(explicit.last_values()) >= {"kd_gkd/map", "kd_bmfi/region", "kd_bmfi/attention", "kd_bmfi/whole"}
+    terms = {"kd_gkd/map", "kd_bmfi/region", "kd_bmfi/attention", "kd_bmfi/whole"}
+    assert set(inline.last_values()) == set(explicit.last_values()) >= terms
 
 
 def test_a_weighted_task_loss_needs_the_same_weights_in_explicit() -> None:

@@ -101,6 +101,19 @@ def test_zero_loss_changes_nothing_and_a_large_one_switches_off():
     assert AIDLoss(GKDLoss())(*args, teacher_losses=torch.tensor(1e9)).item() == 0.0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_teacher_losses_stay_visible(bad):
+    _, args = _inputs(6)
+    t = torch.tensor(LOSSES)
+    t[1, 0] = bad
+    loss = AIDLoss(GKDLoss(reduction="none"))
+    got = loss(*args, teacher_losses=t)
+    assert torch.isfinite(got).tolist() == [[True, True], [False, True], [True, True]]
+    assert [(f.level, f.image) for f in loss.check()] == [(1, 0)]
+    by_image = AIDLoss(GKDLoss(reduction="none"), granularity="image")(*args, teacher_losses=t)
+    assert torch.isfinite(by_image).tolist() == [[False, True]] * 3
+
+
 def test_reduction_is_the_bases():
     arrays, args = _inputs(7)
     scalar = AIDLoss(GKDLoss())(*args, teacher_losses=torch.tensor(LOSSES))

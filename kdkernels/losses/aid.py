@@ -88,7 +88,9 @@ class AIDLoss(DistillationLoss):
             shape = (len(levels), levels[0].shape[0]) if levels else (0, 0)
             base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
             t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=levels[0].device if levels else None)
-            return AIDSide(base, torch.exp(-self.alpha * self._arrange(t, shape)))
+            t = self._arrange(t, shape)
+            # exp(-inf) would make an innocent 0 of an infinite loss; infinity * 0 is NaN.
+            return AIDSide(base, torch.exp(-self.alpha * t) + t * 0)
 
     def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
         terms = self.base.terms(student_features, side.base, student_gradients)

@@ -20,13 +20,12 @@ def feature_imitation(
     rows = []
     for level, (a, b) in enumerate(zip(s, t, strict=True)):
         d = accumulate(a) - accumulate(b)
-        d = d * d
-        if channel is not None:
-            d = d * channel[level][:, :, None, None]
+        # Weight before square: the backward then multiplies by tensors of the features' memory layout, and the gradient has it too.
+        error = d * d if channel is None else d * channel[level][:, :, None, None] * d
         if spatial is None:
-            rows.append(d.sum((1, 2, 3)))
+            rows.append(error.sum((1, 2, 3)))
         elif spatial[level].dim() == 3:
-            rows.append((d.sum(1) * spatial[level]).sum((1, 2)))
+            rows.append((error.sum(1) * spatial[level]).sum((1, 2)))
         else:
-            rows.append((d.sum(1, keepdim=True) * spatial[level]).sum((2, 3)))
+            rows.append((error.sum(1, keepdim=True) * spatial[level]).sum((2, 3)))
     return stack_levels(rows)
