@@ -19,8 +19,8 @@ def attention(x: Sequence[Tensor], temperature: float = 0.5) -> tuple[list[Tenso
     spatial, channel = [], []
     for level in x:
         n, c, h, w = level.shape
-        x_l = accumulate(level)
+        values = accumulate(level)
         # Two |x| keep the gradient in x's memory layout; sums divided afterwards, unlike means, have a backward that divides small tensors.
-        spatial.append((h * w) * (x_l.abs().sum(1).flatten(1) / (c * temperature)).softmax(1).view(n, h, w))
-        channel.append(c * (x_l.abs().sum((2, 3)) / (h * w * temperature)).softmax(1))
+        spatial.append((h * w) * (values.abs().sum(1).flatten(1) / (c * temperature)).softmax(1).view(n, h, w))
+        channel.append(c * (values.abs().sum((2, 3)) / (h * w * temperature)).softmax(1))
     return spatial, channel
