@@ -176,8 +176,8 @@ class Distiller:
         return dict(self._values)
 
     def check(self) -> list[NonFinite]:
-        """Non-finite (loss, term, level, image) met since the last check, which this clears. Waits for the device."""
-        return [report for loss in self.losses.values() for report in loss.check()]
+        """Non-finite (loss by its name here, term, level, image) met since the last check, which this clears. Waits for the device."""
+        return [report._replace(loss=name) for name, loss in self.losses.items() for report in loss.check()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the trainable parts and the teacher's random stream. Not the student, not the teacher."""

@@ -58,7 +58,8 @@ class InlinePlan:
 def _add(distillation: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if distillation is None:
         return own
-    return (distillation if own is None else distillation + own).to(dtype)
+    # G_S first: the sum takes its memory layout.
+    return (distillation if own is None else own + distillation).to(dtype)
 
 
 class InlineTap(torch.autograd.Function):

@@ -264,7 +264,7 @@ def test_non_finite_gradients_pass_on_and_are_reported() -> None:
     (sum(distiller(*batch()).values()) * float("inf")).backward()
     assert not torch.stack([p.grad.sum() for p in student.backbone.parameters()]).isfinite().all()
     reports = distiller.check()
-    assert reports and reports[0].term == "map" and reports[0].level == 0
+    assert reports and reports[0].loss == "gkd" and reports[0].term == "map" and reports[0].level == 0
     assert distiller.check() == []
 
 
