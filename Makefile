@@ -2,9 +2,6 @@ VENV ?= .venv
 PYTHON ?= python3
 INSTALLED = $(VENV)/.installed
 
-# Threads that spin while they wait take the processor from those that work: on a busy machine steps took ten times as long.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: test demo lint clean
 
 test: $(INSTALLED)

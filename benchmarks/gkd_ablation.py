@@ -109,7 +109,7 @@ def train_teacher(folder: Path, name: str) -> None:
         train_set = only_label(train_set, car)
     torch.manual_seed(DEMO.teacher_seed)
     model = build_detector(teacher_spec())
-    config = train_config(DEMO, DEMO.teacher_steps, DEMO.teacher_seed, channels_last=False)
+    config = train_config(DEMO, DEMO.teacher_steps, DEMO.teacher_seed)
     result = train(model, None, train_set, val_set, config, console=False)
     torch.save({"state": model.state_dict(), "map": result.map, "map50": result.map50, "step_ms": result.step_ms}, path)
     print(f"teacher {name}: mAP {100 * result.map:.1f}, {result.train_seconds:.0f} s", flush=True)
@@ -148,7 +148,7 @@ def one(job: tuple[Run, int, Path, int]) -> dict[str, Any]:
         model = build_detector(teacher_spec())
         model.load_state_dict(stored["state"])
         teacher = UpsideDownTeacher(model) if run.teacher == "upside-down" else Teacher(model)
-    config = train_config(DEMO, run.steps, seed, channels_last=False, **run.config)
+    config = train_config(DEMO, run.steps, seed, **run.config)
     result = train(student, None, train_set, val_set, config, teacher if losses or run.config else None, losses or None, console=False)
     last = result.history[-1]
     return {

@@ -91,7 +91,7 @@ def main() -> None:
     teacher.requires_grad_(False)
     torch.manual_seed(0)
     student = build_detector(student_spec())
-    train(student, None, train_set, None, train_config(DEMO, WARM, 0, channels_last=False), console=False)
+    train(student, None, train_set, None, train_config(DEMO, WARM, 0), console=False)
     student.requires_grad_(False)
     result = {"training images": diagnose(teacher, student, train_set), "validation images": diagnose(teacher, student, val_set)}
     path = RESULTS.with_name("gkd-map-diagnosis.json")
