@@ -65,7 +65,7 @@ class PyramidAdapter(nn.Module):
                 key = _key(name)
                 if s.shape[1] != t.shape[1] and key not in self.convolutions:
                     # A seed of its own per level, so that adding a level leaves the others as they were.
-                    torch.manual_seed(self.seed + sum(name.encode()))
+                    torch.default_generator.manual_seed(self.seed + sum(name.encode()))
                     self.convolutions[key] = nn.Conv2d(s.shape[1], t.shape[1], 1).to(s.device)
         return self
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkernels.adapters import pair_levels
 from kdkernels.inline import InlinePlan, InlineTap, Terms
@@ -84,7 +84,13 @@ class DistillationCall:
         chosen = self._chosen(named)
         if not chosen:
             return features
-        pairs = pair_levels(chosen, self._teacher_levels(), self._image_size)
+        try:
+            pairs = pair_levels(chosen, self._teacher_levels(), self._image_size)
+        except ValueError:
+            # Of several paths some may have no partner, as some levels of one path may; `finish` raises when none has.
+            if len(self.distiller._tap.paths) == 1:
+                raise
+            return features
         chosen = OrderedDict((name, chosen[name]) for name, _ in pairs)
         if self.only_build:
             self._build(chosen, pairs)
@@ -172,6 +178,8 @@ class DistillationCall:
 
     def _sides(self, losses: dict[str, DistillationLoss], pairs: Pairs) -> dict[str, Any]:
         features = [self._teacher.features[name] for _, name in pairs]
+        if self.given_teacher_gradients is not None:
+            check_names("teacher_gradients", self.given_teacher_gradients, self._teacher.features)
         given = self.given_teacher_gradients or self._teacher.gradients or {}
         # None, a level that no gradient reached, stays None: the losses let it contribute 0.
         gradients = [given.get(name) for _, name in pairs]
@@ -224,11 +232,12 @@ class DistillationCall:
     def _evaluate_explicit(self, losses: dict[str, Tensor]) -> None:
         distiller = self.distiller
         if self.given_student_gradients is not None:
+            check_names("student_gradients", self.given_student_gradients, self.head_features)
             found: Mapping[str, Tensor | None] = self.given_student_gradients
         else:
             if distiller.gradient_source == "pseudo":
                 student = unwrap(distiller.student)
-                with loss_mode(student), torch.random.fork_rng(devices=[]):
+                with loss_mode(student), torch.random.fork_rng(devices=cuda_devices(student)):
                     task = pseudo_losses(distiller.adapter, student, self.frame[0], self.head_features)
             else:
                 task = losses
@@ -241,6 +250,16 @@ class DistillationCall:
         with_gradient, _ = self._split_losses()
         for chosen, pairs in self.explicit:
             self._evaluate(with_gradient, chosen, [found.get(name) for name in chosen], pairs)
+
+
+def check_names(argument: str, given: Mapping[str, Any], levels: Mapping[str, Any]) -> None:
+    """A misnamed gradient would silently count as none."""
+    if set(given) != set(levels):
+        raise ValueError(f"{argument}: expected the levels {list(levels)} (None for a level without gradient), got {list(given)}")
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _differentiable(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.adapters import PyramidAdapter
-from kdkernels.distillation_call import DistillationCall
+from kdkernels.distillation_call import DistillationCall, cuda_devices
 from kdkernels.integrations import DetectorAdapter, find_adapter
 from kdkernels.losses.base import DistillationLoss, NonFinite
 from kdkernels.tap import Features, FeatureTap, unwrap
@@ -69,7 +69,10 @@ class Distiller:
         self.task_weights = dict(task_weights or {})
         self.gradient_source = gradient_source
         self._check_options()
-        self.teacher = teacher if isinstance(teacher, Teacher) else _teacher_beside(student, teacher, teacher_tap)
+        self._owns_teacher = not isinstance(teacher, Teacher)
+        if not self._owns_teacher and teacher_tap is not None:
+            raise ValueError("teacher_tap: the given Teacher has a tap of its own; give its tap= instead")
+        self.teacher = _teacher_beside(student, teacher, teacher_tap) if self._owns_teacher else teacher
         self.trainable = nn.ModuleDict()
         if any(loss.compares_features for loss in self.losses.values()):
             self.trainable["adapter"] = PyramidAdapter()
@@ -148,8 +151,7 @@ class Distiller:
         """
         student = unwrap(self.student)
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
-        devices = sorted({p.device.index for p in student.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=cuda_devices(student)), torch.no_grad():
             self._run(DistillationCall(self, images, targets, only_build=True), student)
             for name, buffer in student.named_buffers():
                 buffer.copy_(buffers[name])
@@ -193,9 +195,10 @@ class Distiller:
         self.teacher.load_state_dict(state["teacher_random_state"])
 
     def close(self) -> None:
-        """Take all hooks off student and teacher."""
+        """Take all hooks off the student, and off the teacher unless it was given as a Teacher, which may serve others."""
         self._tap.remove()
-        self.teacher.close()
+        if self._owns_teacher:
+            self.teacher.close()
         if self._frame_hook is not None:
             self._frame_hook.remove()
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from kdkernels.integrations import DetectorAdapter, find_adapter
 from kdkernels.tap import Features, FeatureTap, unwrap
 
-# Gradients at coarse levels are near 5e-9, below the smallest fp16 number (6e-8): a power of two keeps the scaling exact.
-FP16_GRADIENT_SCALE = 2.0**16
+# Gradients at coarse levels are near 5e-9, below the smallest fp16 number (6e-8), and some of a head's are 1: 2^14 leaves room on
+# both sides, and a power of two keeps the scaling exact.
+FP16_GRADIENT_SCALE = 2.0**14
 PSEUDO_SCORE = 0.3
 PSEUDO_BOXES = 10
 
@@ -59,6 +60,7 @@ class Teacher:
         self._leaves: Features = OrderedDict()
         self._tap = FeatureTap(model, *([paths] if isinstance(paths, str) else paths), replace=self._take)
         self._wants_gradients = False
+        self._active = False
         self._random_state: dict[str, Tensor] = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         self._seed = seed
 
@@ -75,13 +77,21 @@ class Teacher:
             ValueError: `per_level` of a detector family whose adapter cannot take its losses apart.
         """
         self._leaves.clear()
-        self._wants_gradients = gradients
+        self._wants_gradients, self._active = gradients, True
+        try:
+            return self._ask(images, targets, gradients, losses, per_level)
+        finally:
+            self._active = False
+
+    def _ask(self, images: Any, targets: Any, gradients: bool, losses: bool, per_level: bool) -> TeacherOutput:
         model, adapter = self.model, self.adapter
         with self._own_random_stream(), loss_mode(model):
             if not gradients and not losses and hasattr(adapter, "features"):
                 with torch.no_grad():
                     adapter.features(model, images)
-                return self._output()
+                if self._leaves:
+                    return self._output()
+                # The tap lies behind the neck: the head has to run for it.
             with torch.set_grad_enabled(gradients):
                 if gradients and self.gradient_source == "pseudo":
                     total = pseudo_losses(adapter, model, images, adapter.features(model, images))
@@ -104,6 +114,8 @@ class Teacher:
             return self._output(grads, per_image, level_losses)
 
     def _take(self, path: str, features: Features) -> Features:
+        if not self._active:  # somebody else's call of the same model: another Teacher's, or an evaluation
+            return features
         taken = OrderedDict((name, x.detach().requires_grad_(self._wants_gradients)) for name, x in features.items())
         self._leaves.update(zip(self._tap.level_names(path, features), taken.values(), strict=True))
         return taken

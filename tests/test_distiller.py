@@ -287,3 +287,29 @@ def test_teacher_sees_the_students_frame_in_its_own_normalisation() -> None:
     assert seen[0].shape == ours.tensors.shape
     torch.testing.assert_close(seen[0][0, :, :height, :width], expected, rtol=1e-4, atol=1e-5)
     assert seen[0][0, :, height:].abs().sum() == 0 and seen[0][0, :, :, width:].abs().sum() == 0
+
+
+def test_a_given_teacher_serves_one_distiller_after_the_other() -> None:
+    teacher = Teacher(detector("fcos", 1))
+    values = []
+    for _ in range(2):
+        distiller = Distiller(detector("fcos", 0), teacher, {"gkd": GKDLoss()})
+        sum(distiller(*batch()).values()).backward()
+        values.append(distiller.last_values()["kd_gkd"])
+        distiller.close()
+    assert torch.equal(*values) and values[0] > 0
+    with pytest.raises(ValueError, match="teacher_tap"):
+        Distiller(detector("fcos", 0), teacher, {"gkd": GKDLoss()}, teacher_tap="head:input")
+
+
+def test_given_gradients_need_the_names_of_the_levels() -> None:
+    distiller = Distiller(detector("fcos", 0), detector("fcos", 1), {"gkd": GKDLoss()}, mode="explicit")
+    with pytest.raises(ValueError, match=r"teacher_gradients: expected the levels \['0', '1', '2', 'p6', 'p7'\].*got \['P3'\]"):
+        distiller(*batch(), teacher_gradients={"P3": torch.zeros(1)})
+
+
+def test_a_path_without_a_partner_is_left_out() -> None:
+    taps = ("backbone.body.layer1", "backbone.fpn.layer_blocks.0")
+    distiller = Distiller(detector("fcos", 0), detector("fcos", 1), {"gkd": GKDLoss()}, student_tap=taps)
+    sum(distiller(*batch()).values()).backward()
+    assert distiller.last_values()["kd_gkd"] > 0

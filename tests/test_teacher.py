@@ -181,3 +181,21 @@ def test_unknown_gradient_source() -> None:
 def test_unknown_detector_type_says_what_to_pass() -> None:
     with pytest.raises(TypeError, match=r"no adapter knows the detector type Linear; pass adapter="):
         Teacher(nn.Linear(2, 2))
+
+
+def test_two_teachers_of_one_model_do_not_disturb_each_other() -> None:
+    model = detector("fcos")
+    images, targets = transformed(model)
+    first = Teacher(model)
+    expected = first(images, targets, gradients=True).gradients
+    second = Teacher(model)
+    found = first(images, targets, gradients=True).gradients
+    assert all(torch.equal(found[name], g) for name, g in expected.items() if g is not None)
+    assert any(g is not None for g in found.values())
+    second(images, targets)
+
+
+def test_a_tap_behind_the_neck_needs_the_head_to_run() -> None:
+    model = detector("fcos")
+    found = Teacher(model, tap="head:input")(*transformed(model))
+    assert list(found.features) == ["0", "1", "2", "3", "4"]

@@ -64,9 +64,9 @@ class Logbook:
 
 def epoch_line(entry: dict[str, Any], epochs: int) -> str:
     """The line of an epoch: task loss, every distillation loss, gradient norm and AP."""
-    parts = [f"epoch {entry['epoch']}/{epochs}", f"step {entry['step']}", f"loss {entry['loss']:.4f}"]
+    parts = [f"epoch {entry['epoch']}/{epochs}", f"step {entry['step']}", f"loss {entry.get('loss', math.nan):.4f}"]
     parts += [f"{k.removeprefix('kd/')} {v:.4g}" for k, v in entry.items() if k.startswith("kd/") and "/" not in k[3:]]
-    parts += [f"grad {entry['grad_norm']:.3g}", f"lr {entry['lr']:.2e}", f"{entry['step_ms']:.0f} ms/step"]
+    parts += [f"grad {entry.get('grad_norm', math.nan):.3g}", f"lr {entry['lr']:.2e}", f"{entry['step_ms']:.0f} ms/step"]
     if "bbox/AP" in entry:
         parts.append(f"AP {100 * entry['bbox/AP']:.2f}  AP50 {100 * entry['bbox/AP50']:.2f}")
     return "  ".join(parts)

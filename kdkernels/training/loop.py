@@ -68,10 +68,12 @@ class Loop:
         self.seconds = 0.0
         self.best: float | None = None
         self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.bad_steps = 0
 
     def _prepare(self, model: nn.Module, teacher: Any, losses: Mapping[str, nn.Module] | None) -> None:
         config, machine = self.config, self.machine
+        model.train()
         self.inherited = None
         if config.init_student:
             self.inherited = init_student(model, getattr(teacher, "model", teacher))
@@ -164,6 +166,7 @@ class Loop:
         for key, value in record.items():
             if value is not None and math.isfinite(value):
                 self.sums[key] = self.sums.get(key, 0.0) + value
+                self.counts[key] = self.counts.get(key, 0) + 1
         if self.progress is not None:
             self.progress(self.step, self.total)
         return stop
@@ -200,13 +203,13 @@ class Loop:
 
     def _end_epoch(self) -> None:
         epoch = math.ceil(self.step / self.feed.steps_per_epoch)
-        count = self.step - (self.history[-1]["step"] if self.history else 0)
-        entry: dict[str, Any] = {"epoch": epoch, "step": self.step, **{k: v / count for k, v in self.sums.items()}}
+        # Means over the steps whose value was finite.
+        entry: dict[str, Any] = {"epoch": epoch, "step": self.step, **{k: v / self.counts[k] for k, v in self.sums.items()}}
         due = self.step == self.total or (self.config.eval_every and epoch % self.config.eval_every == 0)
         if due and self.val_set is not None:
             self._save()  # evaluation may be long, and Ctrl-C in it should cost nothing: `run` comes back here
             entry |= self._evaluate()
-        self.sums = {}
+        self.sums, self.counts = {}, {}
         self.history.append(entry)
         self.log.line(epoch_line(entry, self.epochs))
         self._save()
@@ -231,7 +234,8 @@ class Loop:
         """Write last.pt. Called by every process, as each has random states of its own."""
         if self.run_dir is None:
             return
-        states = self.machine.gather(checkpoint.random_state(self.machine.device))
+        teacher = {"teacher": self.distiller.teacher.state_dict()} if self.distiller is not None else {}
+        states = self.machine.gather({**checkpoint.random_state(self.machine.device), **teacher})
         if not self.machine.main:
             return
         state = {
@@ -264,7 +268,10 @@ class Loop:
         self.initial_weights = state["initial_weights"]
         for key in _COUNTERS:
             setattr(self, key, state[key])
-        checkpoint.set_random_state(state["random"][self.machine.rank], self.machine.device)
+        own = state["random"][self.machine.rank]
+        checkpoint.set_random_state(own, self.machine.device)
+        if self.distiller is not None:
+            self.distiller.teacher.load_state_dict(own["teacher"])
 
     def _result(self) -> TrainResult:
         last = self.history[-1]
@@ -285,7 +292,7 @@ class Loop:
         )
 
 
-_COUNTERS = ("step", "data_order", "history", "step_times", "seconds", "best", "sums", "bad_steps")
+_COUNTERS = ("step", "data_order", "history", "step_times", "seconds", "best", "sums", "counts", "bad_steps")
 
 
 def _record(numbers: dict[str, float], factor: float, distils: bool) -> dict[str, Any]:
