@@ -7,6 +7,7 @@ gkd-map-diagnosis.json beside its results.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from gkd_ablation import RESULTS, ROOT, datasets
 from torch import Tensor, nn
 
-from kdkernels import FeatureTap, functional
+from kdkernels import FeatureTap, Teacher, functional
 from kdkernels.data import collate
 from kdkernels.data.transforms import hflip
 from kdkernels.models import build_detector
@@ -83,6 +84,20 @@ def diagnose(teacher: nn.Module, student: nn.Module, data: Any) -> dict[str, lis
     return {name: [{"median": median(values), "count": len(values)} for values in levels] for name, levels in found.items()}
 
 
+def teacher_losses(teacher: nn.Module, data: Any) -> dict[str, dict[str, float]]:
+    """AID's D_n of the teacher on images as they are and upside down: median, and what AID's weight exp(-alpha D_n) then is."""
+    asked = Teacher(teacher)
+    found: dict[str, list[float]] = {"right way up": [], "upside down": []}
+    for first in range(0, BATCHES * BATCH, BATCH):
+        images, targets = teacher.transform(*collate([data[i] for i in range(first, first + BATCH)]))
+        found["right way up"] += asked(images, targets, losses=True).losses.tolist()
+        images.tensors = images.tensors.flip(2)
+        found["upside down"] += asked(images, targets, losses=True).losses.tolist()
+    asked.close()
+    medians = {name: median(values) for name, values in found.items()}
+    return {name: {"D": d, "weight, alpha 0.1": math.exp(-0.1 * d), "weight, alpha 1": math.exp(-d)} for name, d in medians.items()}
+
+
 def main() -> None:
     folder: Path = ROOT / "runs" / "ablation"
     train_set, val_set = datasets(folder)
@@ -94,6 +109,7 @@ def main() -> None:
     train(student, None, train_set, None, train_config(DEMO, WARM, 0), console=False)
     student.requires_grad_(False)
     result = {"training images": diagnose(teacher, student, train_set), "validation images": diagnose(teacher, student, val_set)}
+    result["teacher's loss an image"] = teacher_losses(teacher, train_set)
     path = RESULTS.with_name("gkd-map-diagnosis.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path.read_text())

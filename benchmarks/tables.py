@@ -48,12 +48,20 @@ def ablation(study: str) -> str:
 
 def diagnosis() -> str:
     """Medians at P3, P4, P5 on training and on validation images."""
-    parts = json.loads((RESULTS / "gkd-map-diagnosis.json").read_text())
+    found = json.loads((RESULTS / "gkd-map-diagnosis.json").read_text())
+    parts = {name: found[name] for name in ("training images", "validation images")}
     names = list(parts["training images"])
     cells = [[f"{level['median']:.3g}" for part in parts.values() for level in part[name]] for name in names]
     columns = ["median over images", *(f"{part.split()[0]}, {level}" for part in parts for level in ("P3", "P4", "P5"))]
     rows = [[name, *numbers] for name, numbers in zip(names, cells, strict=True)]
     return to_markdown(Table("64 images of each set, student after 150 steps", columns, rows))
+
+
+def aid_weights() -> str:
+    """The teacher's median loss on an image, right way up and upside down, and AID's weight there."""
+    found = json.loads((RESULTS / "gkd-map-diagnosis.json").read_text())["teacher's loss an image"]
+    columns = ["64 training images", *next(iter(found.values()))]
+    return to_markdown(Table("Medians over images", columns, [[name, *(f"{v:.2f}" for v in row.values())] for name, row in found.items()]))
 
 
 def order(study: str) -> list[str]:
@@ -84,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-long": lambda: ablation("long"),
     "ablation-map": lambda: ablation("map"),
     "gkd-map-diagnosis": diagnosis,
+    "aid-weights": aid_weights,
     "ablation-aid": lambda: ablation("aid"),
     "real-kitti": lambda: real("kitti"),
     "real-coco-traffic": lambda: real("coco-traffic"),
