@@ -97,7 +97,7 @@ def train_config(recipe: Recipe, steps: int, seed: int, **more: Any) -> TrainCon
         "schedule": "cosine",
         "warmup_steps": recipe.warmup_steps,
         "clip_norm": recipe.clip_norm,
-        # Measured on a CPU: 85 ms a student step against 99 ms in channels_last, 165 against 194 with GKD-BMFI.
+        # The faster layout on the CPU that the demo is made for.
         "channels_last": False,
     }
     return TrainConfig(**{**values, **more})
