@@ -1,0 +1,82 @@
+"""Who computes: the published way, plain PyTorch, torch.compile, and every backend of kdkernels that runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdkernels import backend_info, set_backend
+
+from .registry import Entry, Function
+
+BASELINES = ("paper", "eager", "compile", "compile-max")
+BACKENDS = ("reference", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way of computing every entry.
+
+    name:     as given to --provider
+    function: entry -> the function of the entry's inputs that is measured; made anew each time, so that nothing is compiled twice
+    backend:  of kdkernels, to be chosen while the function runs; None for the baselines
+    """
+
+    name: str
+    function: Callable[[Entry], Function]
+    backend: str | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it the provider's backend is the chosen one."""
+        if self.backend is None:
+            yield
+            return
+        set_backend(self.backend)
+        try:
+            yield
+        finally:
+            set_backend("auto")
+
+
+def providers() -> dict[str, Provider]:
+    """Name -> provider, for all that can exist; `absent` says which cannot run here."""
+    found = {
+        "paper": Provider("paper", lambda entry: entry.paper),
+        "eager": Provider("eager", lambda entry: entry.eager),
+        "compile": Provider("compile", lambda entry: _compiled(entry.eager, None)),
+        # Without CUDA graphs: those would copy every rotated input into a fixed buffer; graph replay is a figure of its own, for everybody.
+        "compile-max": Provider("compile-max", lambda entry: _compiled(entry.eager, "max-autotune-no-cudagraphs")),
+    }
+    for name in BACKENDS:
+        found[name] = Provider(name, lambda entry: entry.call, name)
+    return found
+
+
+def absent(provider: Provider, device: torch.device) -> str:
+    """Why the provider cannot run on this device; "" when it can."""
+    if provider.backend is not None:
+        info = backend_info()[provider.backend]
+        return "" if info["available"] else str(info["reason"])
+    return ""
+
+
+def _compiled(function: Function, mode: str | None) -> Function:
+    return torch.compile(function, mode=mode, dynamic=False)
+
+
+def reference_of(entry: Entry) -> Function:
+    """The oracle: the public call on the reference backend, to be given float64 inputs."""
+
+    def oracle(**inputs: Any) -> Any:
+        set_backend("reference")
+        try:
+            return entry.call(**inputs)
+        finally:
+            set_backend("auto")
+
+    return oracle
