@@ -12,6 +12,10 @@ demo: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/yamllint --strict .github .yamllint.yaml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 
 # The pinned development set; made again only when what it is made from changes.
 $(INSTALLED): pyproject.toml setup.py constraints.txt

@@ -15,6 +15,8 @@ from .registry import Entry, Function
 
 BASELINES = ("paper", "eager", "compile", "compile-max")
 BACKENDS = ("reference", "triton", "native")
+#: The backends of the contexts that are open, innermost last: kdkernels does not tell its present choice.
+_OPEN: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,8 @@ class Provider:
         if self.backend is None:
             yield
             return
-        set_backend(self.backend)
-        try:
+        with _chosen(self.backend):
             yield
-        finally:
-            set_backend("auto")
 
 
 def providers() -> dict[str, Provider]:
@@ -65,6 +64,18 @@ def absent(provider: Provider, device: torch.device) -> str:
     return ""
 
 
+@contextmanager
+def _chosen(backend: str) -> Iterator[None]:
+    """Within it `backend` is the chosen one, after it the one before: the oracle runs while a provider is active."""
+    set_backend(backend)
+    _OPEN.append(backend)
+    try:
+        yield
+    finally:
+        _OPEN.pop()
+        set_backend(_OPEN[-1] if _OPEN else "auto")
+
+
 def _compiled(function: Function, mode: str | None) -> Function:
     return torch.compile(function, mode=mode, dynamic=False)
 
@@ -73,10 +84,7 @@ def reference_of(entry: Entry) -> Function:
     """The oracle: the public call on the reference backend, to be given float64 inputs."""
 
     def oracle(**inputs: Any) -> Any:
-        set_backend("reference")
-        try:
+        with _chosen("reference"):
             return entry.call(**inputs)
-        finally:
-            set_backend("auto")
 
     return oracle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class PyramidAdapter(nn.Module):
         adapted = []
         for (name, s), t in zip(student.items(), teacher, strict=True):
             if s.shape[1] != t.shape[1]:
-                convolution = self.convolutions[_key(name)]
+                convolution = cast(nn.Conv2d, self.convolutions[_key(name)])
                 if convolution.in_channels != s.shape[1] or convolution.out_channels != t.shape[1]:
                     raise ValueError(
                         f"level {name!r}: the adapter was built for {convolution.in_channels} -> {convolution.out_channels} channels, "

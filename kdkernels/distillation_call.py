@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kdkernels.adapters import pair_levels
+from kdkernels.adapters import PyramidAdapter, pair_levels
 from kdkernels.inline import InlinePlan, InlineTap, Terms
 from kdkernels.losses.base import DistillationLoss
 from kdkernels.tap import Features, unwrap
@@ -111,7 +111,7 @@ class DistillationCall:
                     "the student's tapped features need no gradient (frozen backbone), so no backward pass reaches them: "
                     "their losses are evaluated explicitly"
                 )
-            outputs = InlineTap.apply(InlinePlan({}, {}, self.record.record), *(_differentiable(x) for x in chosen.values()))
+            outputs = InlineTap.apply(InlinePlan({}, {}, lambda *_: None), *(_differentiable(x) for x in chosen.values()))
             self.copies.update(zip(chosen, outputs, strict=True))
             self.explicit.append((chosen, pairs))
         else:
@@ -150,12 +150,16 @@ class DistillationCall:
         return OrderedDict((name, x) for name, x in named.items() if name.rpartition(".")[2] not in excluded)
 
     def _teacher_levels(self) -> Features:
-        if self._teacher is None:
-            self._ask_teacher()
         excluded = getattr(self.distiller.teacher.adapter, "excluded_levels", ())
-        return OrderedDict((name, x) for name, x in self._teacher.features.items() if name.rpartition(".")[2] not in excluded)
+        return OrderedDict((name, x) for name, x in self._output().features.items() if name.rpartition(".")[2] not in excluded)
 
-    def _ask_teacher(self) -> None:
+    def _output(self) -> TeacherOutput:
+        """What the teacher says about this batch; it is asked once."""
+        if self._teacher is None:
+            self._teacher = self._ask_teacher()
+        return self._teacher
+
+    def _ask_teacher(self) -> TeacherOutput:
         distiller, teacher = self.distiller, self.distiller.teacher
         images, targets = self.frame
         self._boxes, self._counts, self._image_size = distiller.adapter.frame(distiller.student, images, targets)
@@ -163,7 +167,7 @@ class DistillationCall:
             images = distiller.adapter.teacher_images(distiller.student, teacher.model, images)
         needs = frozenset() if self.only_build else frozenset().union(*(loss.needs for loss in distiller.losses.values()))
         granularities = {getattr(loss, "granularity", None) for loss in distiller.losses.values()}
-        self._teacher = teacher(
+        return teacher(
             images,
             targets,
             gradients="teacher_gradients" in needs and self.given_teacher_gradients is None,
@@ -177,10 +181,10 @@ class DistillationCall:
         return with_gradient, {name: loss for name, loss in losses.items() if name not in with_gradient}
 
     def _sides(self, losses: dict[str, DistillationLoss], pairs: Pairs) -> dict[str, Any]:
-        features = [self._teacher.features[name] for _, name in pairs]
+        features = [self._output().features[name] for _, name in pairs]
         if self.given_teacher_gradients is not None:
-            check_names("teacher_gradients", self.given_teacher_gradients, self._teacher.features)
-        given = self.given_teacher_gradients or self._teacher.gradients or {}
+            check_names("teacher_gradients", self.given_teacher_gradients, self._output().features)
+        given = self.given_teacher_gradients or self._output().gradients or {}
         # None, a level that no gradient reached, stays None: the losses let it contribute 0.
         gradients = [given.get(name) for _, name in pairs]
         return {
@@ -198,21 +202,22 @@ class DistillationCall:
     def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> Tensor:
         """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity."""
         if getattr(loss, "granularity", None) not in LEVEL_GRANULARITIES:
-            return self._teacher.losses[None, :]
-        order = list(self._teacher.features)
-        return self._teacher.level_losses[[order.index(name) for _, name in pairs]]
+            return cast(Tensor, self._output().losses)[None, :]
+        order = list(self._output().features)
+        return cast(Tensor, self._output().level_losses)[[order.index(name) for _, name in pairs]]
 
     def _student_levels(self, loss: DistillationLoss, chosen: Features, pairs: Pairs) -> list[Tensor]:
         if not loss.compares_features:
             return list(chosen.values())
         key = tuple(chosen)
         if key not in self._adapted:
-            self._adapted[key] = self.distiller.trainable["adapter"](chosen, [self._teacher.features[name] for _, name in pairs])
+            self._adapted[key] = self.distiller.trainable["adapter"](chosen, [self._output().features[name] for _, name in pairs])
         return self._adapted[key]
 
     def _build(self, chosen: Features, pairs: Pairs) -> None:
         if "adapter" in self.distiller.trainable:
-            unwrap(self.distiller.trainable["adapter"]).build(chosen, [self._teacher.features[name] for _, name in pairs])
+            adapter = cast(PyramidAdapter, unwrap(self.distiller.trainable["adapter"]))
+            adapter.build(chosen, [self._output().features[name] for _, name in pairs])
 
     def _evaluate(
         self,

@@ -70,9 +70,9 @@ class Distiller:
         self.gradient_source = gradient_source
         self._check_options()
         self._owns_teacher = not isinstance(teacher, Teacher)
-        if not self._owns_teacher and teacher_tap is not None:
+        if isinstance(teacher, Teacher) and teacher_tap is not None:
             raise ValueError("teacher_tap: the given Teacher has a tap of its own; give its tap= instead")
-        self.teacher = _teacher_beside(student, teacher, teacher_tap) if self._owns_teacher else teacher
+        self.teacher = teacher if isinstance(teacher, Teacher) else _teacher_beside(student, teacher, teacher_tap)
         self.trainable = nn.ModuleDict()
         if any(loss.compares_features for loss in self.losses.values()):
             self.trainable["adapter"] = PyramidAdapter()

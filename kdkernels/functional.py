@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .losses import AIDLoss, BMFILoss, DistillationLoss, FusedLoss, GKDLoss, teacher_shares
 from .ops import attention, box_mask, channel_mean, feature_imitation, map_distance, normalize_map, weighted_channel_sum
-from .pyramid import Pyramid
+from .pyramid import Gradients, Pyramid
 
 __all__ = [
     "aid",
@@ -33,8 +33,8 @@ __all__ = [
 def gkd(
     student_features: Pyramid,
     teacher_features: Pyramid,
-    student_gradients: Pyramid | None = None,
-    teacher_gradients: Pyramid | None = None,
+    student_gradients: Gradients | None = None,
+    teacher_gradients: Gradients | None = None,
     boxes: Any = None,
     image_size: tuple[int, int] | None = None,
     **options: Any,
@@ -61,8 +61,8 @@ def fused(
     losses: Mapping[str, DistillationLoss],
     student_features: Pyramid,
     teacher_features: Pyramid,
-    student_gradients: Pyramid | None = None,
-    teacher_gradients: Pyramid | None = None,
+    student_gradients: Gradients | None = None,
+    teacher_gradients: Gradients | None = None,
     boxes: Any = None,
     image_size: tuple[int, int] | None = None,
     teacher_losses: Tensor | float | None = None,

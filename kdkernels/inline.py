@@ -27,7 +27,7 @@ class InlinePlan:
         self,
         losses: dict[str, DistillationLoss],
         sides: dict[str, Any],
-        record: Callable[[str, Terms, Tensor], None],
+        record: Callable[[str, Terms, Tensor], Any],
     ) -> None:
         self.losses = losses
         self.sides = sides

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 Pyramid = Sequence[Tensor] | Mapping[Any, Tensor]
+#: Gradients of a pyramid: None for a level that got none.
+Gradients = Sequence[Tensor | None] | Mapping[Any, Tensor | None]
 
 
-def as_pyramid(name: str, x: Pyramid, optional: bool = False) -> tuple[list[Tensor], list[str]]:
+@overload
+def as_pyramid(name: str, x: Pyramid, optional: Literal[False] = False) -> tuple[list[Tensor], list[str]]: ...
+
+
+@overload
+def as_pyramid(name: str, x: Gradients, optional: Literal[True]) -> tuple[list[Tensor | None], list[str]]: ...
+
+
+def as_pyramid(name: str, x: Any, optional: bool = False) -> tuple[list[Any], list[str]]:
     """Levels of a list, tuple or dict of (N, C_l, H_l, W_l) floating-point tensors, and the levels' names ("0", "1", ... for a list).
 
     `name` is the argument's name for the errors. With `optional` a level may be None (a level that got no gradient).

@@ -17,8 +17,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         else:
             return model
 
@@ -42,11 +42,12 @@ def _rebuild(original: Any, features: Features) -> Any:
     values = list(features.values())
     if isinstance(original, Tensor):
         return values[0]
+    kind: Any = type(original)
     if isinstance(original, Mapping):
-        return type(original)(zip(original.keys(), values, strict=True))
+        return kind(zip(original.keys(), values, strict=True))
     if hasattr(original, "_fields"):
-        return type(original)(*values)
-    return type(original)(values)
+        return kind(*values)
+    return kind(values)
 
 
 class FeatureTap:
@@ -148,7 +149,7 @@ class FeatureTap:
     def __enter__(self) -> FeatureTap:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self.remove()
         if kind is None:
             _ = self.features

@@ -84,7 +84,9 @@ class Teacher:
             self._active = False
 
     def _ask(self, images: Any, targets: Any, gradients: bool, losses: bool, per_level: bool) -> TeacherOutput:
-        model, adapter = self.model, self.adapter
+        model = self.model
+        # Not the protocol: adapters for pseudo ground truth have more than it demands, as `check_gradient_source` has seen.
+        adapter: Any = self.adapter
         with self._own_random_stream(), loss_mode(model):
             if not gradients and not losses and hasattr(adapter, "features"):
                 with torch.no_grad():

@@ -52,6 +52,8 @@ class Entry:
     differentiable: name of the argument, a list of tensors, that the gradient goes to; None where there is no gradient
     losses:         of a method: makes the losses it consists of, for the inline mode and for whole training steps
     tolerances:     dtype -> Tolerance
+    settle:         moves random inputs, in place, off the points where this entry's gradient jumps (see `settle.py`), so that the
+                    tolerances hold without exceptions; `inputs` has done it, whoever fills inputs anew does it again
     """
 
     name: str
@@ -65,6 +67,7 @@ class Entry:
     differentiable: str | None = None
     losses: Callable[[], dict[str, DistillationLoss]] | None = None
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
+    settle: Callable[[Inputs], None] = lambda inputs: None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -82,8 +85,6 @@ def pyramid(case: Case, generator: torch.Generator, device: torch.device, scale:
         x = scale * torch.randn(case.batch, case.channels, height, width, generator=generator)
         levels.append(x.to(device, DTYPES[case.dtype]).contiguous(memory_format=LAYOUTS[case.layout]))
     return levels
-
-
 
 
 def boxes(case: Case, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdkernels import functional
 
+from . import published, vectorised
 from .case import Case
 from .entry import Entry, Inputs, pyramid
 
@@ -23,21 +24,15 @@ def inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inpu
 
 def eager(s: list[Tensor], t: list[Tensor], spatial: list[Tensor], channel: list[Tensor]) -> Tensor:
     """(L, N)"""
-    rows = []
-    for a, b, m, w in zip(s, t, spatial, channel, strict=True):
-        rows.append(((a.float() - b.float()).square() * w[:, :, None, None] * m[:, None]).sum((1, 2, 3)))
-    return torch.stack(rows)
+    return torch.stack([vectorised.imitation(*level) for level in zip(s, t, spatial, channel, strict=True)])
 
 
 def paper(s: list[Tensor], t: list[Tensor], spatial: list[Tensor], channel: list[Tensor]) -> Tensor:
     """Image by image, both features multiplied by the roots of both weights, as FGD's code does it."""
     rows = []
     for a, b, m, w in zip(s, t, spatial, channel, strict=True):
-        images = []
-        for n in range(a.shape[0]):
-            weighted = [x[n].float() * m[n].sqrt()[None] * w[n].sqrt()[:, None, None] for x in (a, b)]
-            images.append(torch.nn.functional.mse_loss(*weighted, reduction="sum"))
-        rows.append(torch.stack(images))
+        images = zip(a, b, m, w, strict=True)
+        rows.append(torch.stack([published.weighted_error(x, y, [mask, k[:, None, None]]) for x, y, mask, k in images]))
     return torch.stack(rows)
 
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/ from the files under benchmarks/results/. `python benchmarks/tables.py`."""
+"""Writes what README.md and docs/ tell of benchmarks/results/: tables, docs/benchmarks/, pictures. `python -m benchmarks.report.tables`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from typing import Any
 
 from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 
-ROOT = Path(__file__).resolve().parent.parent
+from ..registry import Case
+from .cells import Cell, Record, cells
+from .kernels import one_case, overview
+from .origin import device
+from .page import NOT_MEASURED, pictures
+from .run import load, result_files, write
+from .speed_of_light import speed_of_light
+from .steps import by_provider, setup_table, setups
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-DOCUMENTS = ("README.md", "docs/gkd-ablation.md", "docs/real-data.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/gkd-ablation.md", "docs/real-data.md")
+PICTURES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -65,7 +75,7 @@ def aid_weights() -> str:
 
 
 def order(study: str) -> list[str]:
-    from gkd_ablation import runs
+    from ..studies.gkd_ablation import runs
 
     return [run.name for run in runs() if run.study == study]
 
@@ -87,7 +97,38 @@ def real(name: str) -> str:
     return to_markdown(Table(tables[0].title, tables[0].columns, [table.rows[-1] for table in tables]))
 
 
+def measured() -> list[Record]:
+    """The CPU's records of kernels and steps."""
+    return load(result_files(RESULTS.parent).get(RESULTS.name, []))
+
+
+def kernels(table: Callable[[list[Cell]], Table | None]) -> str:
+    return shown(table(cells(measured())))
+
+
+def steps(table: Callable[[list[Record]], Table | None]) -> str:
+    """A table a pair of detectors."""
+    return "\n".join(shown(table(group)) for group in setups(measured()).values()) or NOT_MEASURED
+
+
+def shown(table: Table | None) -> str:
+    return to_markdown(table) if table is not None else NOT_MEASURED
+
+
+def pages() -> str:
+    """A line for every device that has been measured, with a link to its page."""
+    found = result_files(RESULTS.parent)
+    return "".join(f"- [{label}](benchmarks/{label}.md): {device(load(paths))}\n" for label, paths in found.items()) or NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "performance-cpu": lambda: kernels(lambda found: one_case(found, "gkd_bmfi", Case(), ("forward", "backward", "inline"))),
+    "overview-cpu": lambda: kernels(lambda found: overview(found, Case())),
+    "speed-of-light-cpu": lambda: kernels(lambda found: speed_of_light(found, Case())),
+    "steps-cpu": lambda: steps(lambda group: setup_table(group, "gkd_bmfi")),
+    "distillation-cpu": lambda: steps(by_provider),
+    "pictures-cpu": lambda: "\n".join(pictures([path.name for path in PICTURES.glob("cpu-*.png")], "benchmarks/")) or NOT_MEASURED,
+    "pages": pages,
     "demo": demo,
     "ablation-long": lambda: ablation("long"),
     "ablation-map": lambda: ablation("map"),
@@ -105,6 +146,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
+    write(result_files(RESULTS.parent), PICTURES)
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

@@ -13,6 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from kdkernels import GKDLoss, Teacher, functional
 from kdkernels.losses import DistillationLoss
 from kdkernels.reference.map_distance import normalize_map
+from kdkernels.teacher import TeacherOutput
 
 
 class PlainMSE(DistillationLoss):
@@ -20,10 +21,10 @@ class PlainMSE(DistillationLoss):
 
     compares_features = True
 
-    def teacher_side(self, teacher_features: Sequence[Tensor], *_: Any, **__: Any) -> list[Tensor]:
+    def teacher_side(self, teacher_features: Any, *_: Any, **__: Any) -> list[Tensor]:
         return [t.detach() for t in teacher_features]
 
-    def terms(self, student_features: Sequence[Tensor], side: list[Tensor], student_gradients: Any = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Any, side: list[Tensor], student_gradients: Any = None) -> dict[str, Tensor]:
         sums = functional.feature_imitation(student_features, side, None, None)
         elements = torch.tensor([t.numel() for t in side])[:, None]
         return {"imitation": self.weight * sums / elements}
@@ -44,7 +45,7 @@ class LevelWeightedGKD(GKDLoss):
 class FixedExtremaGKD(GKDLoss):
     """GKD's map whose minimum and maximum are constants: no pixel collects the sum of all signs."""
 
-    def terms(self, student_features: Sequence[Tensor], side: Any, student_gradients: Any = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Any, side: Any, student_gradients: Any = None) -> dict[str, Tensor]:
         with torch.no_grad():
             weights = functional.channel_mean(student_gradients, mode="signed")
         maps, low, high = functional.weighted_channel_sum(list(student_features), weights, activation="raw", rectify="abs")
@@ -65,7 +66,7 @@ def is_spoiled(image_id: int) -> bool:
 class UpsideDownTeacher(Teacher):
     """A good teacher that is wrong on a fixed 40 % of the images, because it sees them upside down."""
 
-    def __call__(self, images: ImageList, targets: list[dict[str, Tensor]], **asked: Any) -> Any:
+    def __call__(self, images: ImageList, targets: list[dict[str, Tensor]], *asked: Any, **named: Any) -> TeacherOutput:
         spoiled = torch.tensor([is_spoiled(int(t["image_id"])) for t in targets])
         tensors = torch.where(spoiled[:, None, None, None], images.tensors.flip(2), images.tensors)
-        return super().__call__(ImageList(tensors, images.image_sizes), targets, **asked)
+        return super().__call__(ImageList(tensors, images.image_sizes), targets, *asked, **named)

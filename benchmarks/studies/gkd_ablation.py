@@ -1,4 +1,4 @@
-"""What BMFI, GKD's map, GKD's imitation and AID add to a small detector, and why. `python benchmarks/gkd_ablation.py --help`."""
+"""What BMFI, GKD's map, GKD's imitation and AID add to a small detector, and why. `python -m benchmarks.studies.gkd_ablation --help`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "gkd-ablation.jsonl"
 LONG, SHORT = 600, 300
 # Steps that plain training gets in the time of GKD-BMFI: measured by `time`, see docs/gkd-ablation.md.
@@ -34,9 +34,9 @@ class Run:
 
 
 def runs() -> list[Run]:
-    from ablation_losses import FixedExtremaGKD, LevelWeightedGKD, PlainMSE
-
     from kdkernels import AIDLoss, BMFILoss, GKDLoss
+
+    from .ablation_losses import FixedExtremaGKD, LevelWeightedGKD, PlainMSE
 
     def bmfi() -> BMFILoss:
         return BMFILoss(alpha=1e-3, gamma=0.0, lambda_=0.3, mask="area")
@@ -112,6 +112,7 @@ def train_teacher(folder: Path, name: str) -> None:
     config = train_config(DEMO, DEMO.teacher_steps, DEMO.teacher_seed)
     result = train(model, None, train_set, val_set, config, console=False)
     torch.save({"state": model.state_dict(), "map": result.map, "map50": result.map50, "step_ms": result.step_ms}, path)
+    assert result.map is not None, "there is a validation set"
     print(f"teacher {name}: mAP {100 * result.map:.1f}, {result.train_seconds:.0f} s", flush=True)
 
 
@@ -140,9 +141,9 @@ def one(job: tuple[Run, int, Path, int]) -> dict[str, Any]:
     losses = run.losses()
     teacher = None
     if losses or run.config.get("init_student"):
-        from ablation_losses import UpsideDownTeacher
-
         from kdkernels import Teacher
+
+        from .ablation_losses import UpsideDownTeacher
 
         stored = torch.load(folder / f"teacher-{'cars-only' if run.teacher == 'cars-only' else 'good'}.pt", weights_only=True)
         model = build_detector(teacher_spec())

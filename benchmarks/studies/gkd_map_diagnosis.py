@@ -1,6 +1,6 @@
 """Why GKD's map term teaches little: gradient sizes, who collects the gradient, and how steady the maps are.
 
-`python benchmarks/gkd_map_diagnosis.py` needs the data and the teacher that gkd_ablation.py makes, and writes
+`python -m benchmarks.studies.gkd_map_diagnosis` needs the data and the teacher that gkd_ablation.py makes, and writes
 gkd-map-diagnosis.json beside its results.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from gkd_ablation import RESULTS, ROOT, datasets
 from torch import Tensor, nn
 
 from kdkernels import FeatureTap, Teacher, functional
@@ -25,19 +25,22 @@ from kdkernels.reference.map_distance import normalize_map
 from kdkernels.teacher import loss_mode, scaled_gradients
 from kdkernels.training import train
 
+from .gkd_ablation import RESULTS, ROOT, datasets
+
 BATCHES, BATCH, WARM = 8, 8, 150
 
 
 def features_and_gradients(model: nn.Module, images: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
     """Features at the head's inputs and the gradient of the model's own detection loss there."""
 
-    def leaves(_: str, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return type(features)((name, x.detach().requires_grad_()) for name, x in features.items())
+    def leaves(_: str, features: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict((name, x.detach().requires_grad_()) for name, x in features.items())
 
     with loss_mode(model), FeatureTap(model, "backbone", replace=leaves) as tap:
         losses = model(images, targets)
     gradients = scaled_gradients(losses, tap.features)
-    return [x.detach() for x in tap.features.values()], [gradients[name] for name in tap.features]
+    arrived = [g for name in tap.features if (g := gradients[name]) is not None]
+    return [x.detach() for x in tap.features.values()], arrived
 
 
 def maps(features: list[Tensor], gradients: list[Tensor], mode: str = "signed") -> list[Tensor]:
@@ -84,15 +87,21 @@ def diagnose(teacher: nn.Module, student: nn.Module, data: Any) -> dict[str, lis
     return {name: [{"median": median(values), "count": len(values)} for values in levels] for name, levels in found.items()}
 
 
-def teacher_losses(teacher: nn.Module, data: Any) -> dict[str, dict[str, float]]:
+def teacher_losses(teacher: Any, data: Any) -> dict[str, dict[str, float]]:
     """AID's D_n of the teacher on images as they are and upside down: median, and what AID's weight exp(-alpha D_n) then is."""
     asked = Teacher(teacher)
+
+    def each_image(images: Any, targets: Any) -> list[float]:
+        losses = asked(images, targets, losses=True).losses
+        assert losses is not None, "they were asked for"
+        return losses.tolist()
+
     found: dict[str, list[float]] = {"right way up": [], "upside down": []}
     for first in range(0, BATCHES * BATCH, BATCH):
         images, targets = teacher.transform(*collate([data[i] for i in range(first, first + BATCH)]))
-        found["right way up"] += asked(images, targets, losses=True).losses.tolist()
+        found["right way up"] += each_image(images, targets)
         images.tensors = images.tensors.flip(2)
-        found["upside down"] += asked(images, targets, losses=True).losses.tolist()
+        found["upside down"] += each_image(images, targets)
     asked.close()
     medians = {name: median(values) for name, values in found.items()}
     return {name: {"D": d, "weight, alpha 0.1": math.exp(-0.1 * d), "weight, alpha 1": math.exp(-d)} for name, d in medians.items()}
@@ -108,8 +117,11 @@ def main() -> None:
     student = build_detector(student_spec())
     train(student, None, train_set, None, train_config(DEMO, WARM, 0), console=False)
     student.requires_grad_(False)
-    result = {"training images": diagnose(teacher, student, train_set), "validation images": diagnose(teacher, student, val_set)}
-    result["teacher's loss an image"] = teacher_losses(teacher, train_set)
+    result: dict[str, Any] = {
+        "training images": diagnose(teacher, student, train_set),
+        "validation images": diagnose(teacher, student, val_set),
+        "teacher's loss an image": teacher_losses(teacher, train_set),
+    }
     path = RESULTS.with_name("gkd-map-diagnosis.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path.read_text())

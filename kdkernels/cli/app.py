@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import data, demo, evaluate, info, inspect_model, train
+from . import bench, data, demo, evaluate, info, inspect_model, train
 from .errors import EXIT_CODES
 
 app = typer.Typer(
@@ -22,4 +22,5 @@ app.command("train", epilog=EXIT_CODES)(train.train)
 app.command("distill", epilog=EXIT_CODES)(train.distill)
 app.command("evaluate", epilog=EXIT_CODES)(evaluate.evaluate)
 app.command("inspect", epilog=EXIT_CODES)(inspect_model.inspect)
+app.command("bench", context_settings=bench.FORWARD)(bench.bench)
 app.command("info", epilog=EXIT_CODES)(info.info)

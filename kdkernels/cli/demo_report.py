@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
-from kdkernels import recipes
+from kdkernels import BMFILoss, recipes
 from kdkernels.models import load_detector
 from kdkernels.recipes import STUDENTS, TEACHER, TIMED_BY
 from kdkernels.report import demo_table, to_markdown
@@ -26,7 +26,7 @@ def write_report(run: DemoRun, results: dict[str, Any]) -> None:
     students = {name: load_detector(run.path(name, seed))[0] for name in ("student", TIMED_BY)}
     models = {"teacher": teacher, **students}
     shown = busiest(val, max(DETECTIONS, MAPS))
-    bmfi = recipes.demo_losses("student + BMFI", run.recipe)["bmfi"]
+    bmfi = cast(BMFILoss, recipes.demo_losses("student + BMFI", run.recipe)["bmfi"])
     # Detections first: drawing maps freezes the models.
     pictures = {
         "Detections (score over 0.3; ground truth dotted)": draw_detections(models, val, shown[:DETECTIONS], folder / "detections.png"),

@@ -133,7 +133,7 @@ class DemoRun:
         title = name if teacher is None else f"{name}, seed {seed}"
         with self.stages.stage(title) as progress:
             result = self._train(name, seed, spec, steps, folder, teacher, title, progress)
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "seed": seed,
             "map": result.map,
@@ -175,7 +175,8 @@ class DemoRun:
         """The same run as `kdkernels distill` would describe it, so that `evaluate` finds the data."""
         data = DataSection(root=str(self.folder / "data" / "train"), val=str(self.folder / "data" / "val"))
         known = {f.name for f in fields(ModelSection)}
-        model = ModelSection(**{key: value for key, value in spec.to_dict().items() if key in known})
+        values: dict[str, Any] = {key: value for key, value in spec.to_dict().items() if key in known}
+        model = ModelSection(**values)
         losses = recipes.row_entries(name, self.recipe) if distils else {}
         return RunConfig(data, model, str(self.path(TEACHER)) if distils or config.init_student else None, losses, config)
 

@@ -51,6 +51,7 @@ def evaluate(
         if value is not None:
             setattr(config.data, key, value)
     config.data.skip_bad = config.data.skip_bad or skip_bad
+    assert config.data.root is not None  # _choose_data has set it
     with checking_input():
         dataset = load_part(config, config.data.root, part)
     tell_skipped(dataset)

@@ -84,7 +84,7 @@ def find_model(name: str, size: tuple[int | None, int | None]) -> tuple[nn.Modul
         return network, (short or spec.min_size, long or spec.max_size)
 
 
-def _spec_parts(parts: list[str], detectors: tuple[str, ...]) -> dict[str, str]:
+def _spec_parts(parts: list[str], detectors: tuple[str, ...]) -> dict[str, Any]:
     found = {"detector" if part in detectors else "backbone": part for part in parts}
     if found.get("detector") == "ssdlite":
         found.setdefault("backbone", "mobilenet_v3_small")
@@ -127,7 +127,7 @@ def tappable(model: nn.Module, height: int, width: int) -> tuple[list[Tappable],
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = [*args, *kwargs.values()]
-            frames.extend(tuple(v.shape[-2:]) for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 and v.shape[1] == 3)
+            frames.extend((v.shape[-2], v.shape[-1]) for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 and v.shape[1] == 3)
             first = next((v for v in values if as_features(v) is not None), None)
             keep(f"{name}:input", first)
 

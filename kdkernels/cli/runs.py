@@ -53,7 +53,7 @@ def load_part(config: RunConfig, root: str, split: str | None) -> DetectionDatas
     from kdkernels.data import load_dataset
 
     data = config.data
-    options = {"mapping": data.mapping, "skip_bad": data.skip_bad, "size": data.size}
+    options: dict[str, Any] = {"mapping": data.mapping, "skip_bad": data.skip_bad, "size": data.size}
     with progress(f"checking the {split or 'whole'} data") as report:
         return load_dataset(root, data.format, split, data.split_seed, progress=report, **options)
 

@@ -73,7 +73,7 @@ def paint_actor(canvas: Canvas, actor: Actor, rng: np.random.Generator) -> None:
 def _car(canvas: Canvas, actor: Actor, rng: np.random.Generator) -> None:
     h, w, n = actor.size
     tint = np.array(_PAINTS[rng.integers(len(_PAINTS))]) * rng.uniform(0.75, 1.2) + rng.normal(0, 0.03, 3)
-    paint: Colour = tuple(tint.clip(0.03, 0.95).tolist())  # type: ignore[assignment]
+    paint: Colour = tuple(tint.clip(0.03, 0.95).tolist())
     glass = mix((0.08, 0.10, 0.12), canvas.haze, rng.uniform(0.05, 0.5))
     belt = h * rng.uniform(0.54, 0.62)
     estate, box = rng.random() < 0.4, rng.random() < 0.2
@@ -173,8 +173,8 @@ def bicycle(canvas: Canvas, x: float, z: float, heading: float, rng: np.random.G
                  ((0.0, 0.32), (0.4, 0.8)), ((0.52, 0.34), (0.38, 1.0))):  # fmt: skip
         flat.limb(a, b, 0.05, 0.05, frame)
     handle = 0.06 + 0.2 * (1 - thin)
-    a, b = flat.at(0.4, 1.02)
-    canvas.limb((a - handle * flat.scale, b), (a + handle * flat.scale, b), 0.05 * flat.scale, 0.05 * flat.scale, tyre)
+    hx, hy = flat.at(0.4, 1.02)
+    canvas.limb((hx - handle * flat.scale, hy), (hx + handle * flat.scale, hy), 0.05 * flat.scale, 0.05 * flat.scale, tyre)
     return flat
 
 

@@ -53,7 +53,8 @@ def to_coco(items: Iterable[Item], classes: Sequence[str]) -> dict[str, Any]:
     Crowds and ignored regions get `iscrowd` 1, since pycocotools overwrites `ignore` by it; a region that is ignored for all classes is
     written once per class, since matching is per class. `truncated`, `occluded` and `type` are extra keys where they are known.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for item in items:
         images.append({"id": item.image_id, "file_name": item.file_name, "width": item.width, "height": item.height})
         for a in item.annotations:

@@ -49,7 +49,7 @@ def make_canvas(rng: np.random.Generator) -> Canvas:
     sun = (flat * math.cos(turn), up, flat * math.sin(turn))
     canvas = Canvas(camera, low, float(rng.choice((40.0, 90.0, 250.0))), sun, rng.uniform(0.35, 0.75))
     rows = np.linspace(0, 1, HEIGHT * SCALE, dtype=np.float32)[:, None, None] ** 0.8
-    sky = np.float32(high) * (1 - rows) + np.float32(low) * rows
+    sky = np.asarray(high, np.float32) * (1 - rows) + np.asarray(low, np.float32) * rows
     clouds = Image.fromarray(rng.uniform(0, rng.choice((0.02, 0.12, 0.25)), (5, 9)).astype(np.float32))
     sky = sky + np.asarray(clouds.resize(canvas.image.size, Image.Resampling.BICUBIC))[:, :, None]
     canvas.image.paste(Image.fromarray((sky.clip(0, 1) * 255).astype(np.uint8)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -37,7 +38,7 @@ def render_scene(seed: int, index: int) -> tuple[np.ndarray, list[str]]:
     paint_walls(canvas, street, rng)
     things: list[tuple[float, Actor | tuple[str, float]]] = [(actor.z, actor) for actor in actors]
     things += [(z, (kind, x)) for kind, x, z in _clutter(rng, street)]
-    drawn = []
+    drawn: list[tuple[Any, ...]] = []
     for z, thing in sorted(things, key=lambda entry: -entry[0]):
         if isinstance(thing, Actor):
             ident = len(drawn) + 1

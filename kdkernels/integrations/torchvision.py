@@ -19,6 +19,8 @@ from kdkernels.integrations.protocol import TaskLosses
 from kdkernels.tap import Features, unwrap
 
 Targets = list[dict[str, Tensor]]
+#: A torchvision detector. torch types every part of a module as a Tensor or a Module, so that no part of it could be called.
+Detector = Any
 
 
 class TorchvisionAdapter:
@@ -28,7 +30,7 @@ class TorchvisionAdapter:
     frame_module = "transform"
     excluded_levels: tuple[str, ...] = ()
 
-    def losses(self, model: nn.Module, images: Any, targets: Targets) -> dict[str, Tensor]:
+    def losses(self, model: Detector, images: Any, targets: Targets) -> dict[str, Tensor]:
         """Losses of raw images by the model itself, or of a transformed ImageList by its parts."""
         if isinstance(images, ImageList):
             return self.head_losses(model, images, self.features(model, images), targets)
@@ -36,11 +38,15 @@ class TorchvisionAdapter:
             raise ValueError(f"{type(unwrap(model)).__name__} is in eval mode and gives detections: call .train() before distilling")
         return model(images, targets)
 
-    def features(self, model: nn.Module, images: ImageList) -> Features:
+    def head_losses(self, model: Detector, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
+        """The losses of a transformed batch from its features; each family has its own."""
+        raise NotImplementedError
+
+    def features(self, model: Detector, images: ImageList) -> Features:
         features = model.backbone(images.tensors)
         return OrderedDict([("0", features)]) if isinstance(features, Tensor) else features
 
-    def frame(self, model: nn.Module, images: ImageList, targets: Targets) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def frame(self, model: Detector, images: ImageList, targets: Targets) -> tuple[Tensor, Tensor, tuple[int, int]]:
         counts = [len(target["boxes"]) for target in targets]
         boxes = images.tensors.new_zeros((len(targets), max(counts, default=0), 4), dtype=torch.float32)
         for padded, target in zip(boxes, targets, strict=True):
@@ -48,9 +54,10 @@ class TorchvisionAdapter:
         height, width = images.tensors.shape[-2:]
         return boxes, torch.tensor(counts, device=boxes.device), (height, width)
 
-    def teacher_images(self, student: nn.Module, teacher: nn.Module, images: ImageList) -> ImageList:
+    def teacher_images(self, student: Detector, teacher: Detector, images: ImageList) -> ImageList:
         """The student's transformed batch in the teacher's normalisation (the padding, 0 in both, stays 0)."""
-        ours, theirs = unwrap(student).transform, unwrap(teacher).transform
+        bare: list[Detector] = [unwrap(student), unwrap(teacher)]
+        ours, theirs = (model.transform for model in bare)
         if list(ours.image_mean) == list(theirs.image_mean) and list(ours.image_std) == list(theirs.image_std):
             return images
         batch = images.tensors
@@ -97,7 +104,7 @@ class OneStageAdapter(TorchvisionAdapter):
     def supports(model: nn.Module) -> bool:
         return isinstance(model, FCOS | RetinaNet)
 
-    def head_losses(self, model: nn.Module, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
+    def head_losses(self, model: Detector, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
         levels = list(features.values())
         head = model.head(levels)
         anchors = model.anchor_generator(images, levels)
@@ -105,27 +112,27 @@ class OneStageAdapter(TorchvisionAdapter):
         outputs = _OneStage(targets, head, anchors, matched, self.anchors_per_level(model, levels))
         return TaskLosses(self.loss(model, outputs), outputs)
 
-    def anchors_per_level(self, model: nn.Module, levels: list[Tensor]) -> list[int]:
+    def anchors_per_level(self, model: Detector, levels: list[Tensor]) -> list[int]:
         per_cell = model.anchor_generator.num_anchors_per_location()
         return [x.shape[-2] * x.shape[-1] * count for x, count in zip(levels, per_cell, strict=True)]
 
-    def match(self, model: nn.Module, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    def match(self, model: Detector, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
         """Index of the ground-truth box of each anchor, negative for background."""
         extra = (self.anchors_per_level(model, levels),) if isinstance(model, FCOS) else ()
         return type(model).compute_loss(_MatchOnly(model), targets, {}, anchors, *extra)
 
-    def loss(self, model: nn.Module, o: _OneStage) -> dict[str, Tensor]:
+    def loss(self, model: Detector, o: _OneStage) -> dict[str, Tensor]:
         return model.head.compute_loss(o.targets, o.head, o.anchors, o.matched)
 
     @torch.no_grad()
-    def per_image_losses(self, model: nn.Module, losses: TaskLosses, per_level: bool) -> Tensor:
+    def per_image_losses(self, model: Detector, losses: TaskLosses, per_level: bool) -> Tensor:
         model, o = unwrap(model), losses.outputs
         images = range(len(o.targets))
         if per_level:
             return torch.stack([self._level_losses(model, o, n) for n in images], dim=1)
         return torch.stack([self._term_sum(self.loss(model, _slice(o, n, slice(None)))) for n in images])
 
-    def _level_losses(self, model: nn.Module, o: _OneStage, n: int) -> Tensor:
+    def _level_losses(self, model: Detector, o: _OneStage, n: int) -> Tensor:
         foreground = (o.matched[n] >= 0).sum().clamp(min=1)
         parts, start = [], 0
         for count in o.anchors_per_level:
@@ -138,7 +145,7 @@ class OneStageAdapter(TorchvisionAdapter):
     def _term_sum(self, losses: dict[str, Tensor]) -> Tensor:
         return torch.stack([losses[term].float() for term in self.terms]).sum()
 
-    def detections(self, model: nn.Module, images: ImageList, features: Features) -> Targets:
+    def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         levels = list(features.values())
         head = model.head(levels)
         anchors = model.anchor_generator(images, levels)
@@ -159,16 +166,16 @@ class SSDAdapter(OneStageAdapter):
     def supports(model: nn.Module) -> bool:
         return isinstance(model, SSD)
 
-    def match(self, model: nn.Module, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    def match(self, model: Detector, targets: Targets, anchors: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
         return [
             model.proposal_matcher(box_iou(target["boxes"], a)) if len(target["boxes"]) else a.new_full((len(a),), -1, dtype=torch.int64)
             for target, a in zip(targets, anchors, strict=True)
         ]
 
-    def loss(self, model: nn.Module, o: _OneStage) -> dict[str, Tensor]:
+    def loss(self, model: Detector, o: _OneStage) -> dict[str, Tensor]:
         return model.compute_loss(o.targets, o.head, o.anchors, o.matched)
 
-    def _level_losses(self, model: nn.Module, o: _OneStage, n: int) -> Tensor:
+    def _level_losses(self, model: Detector, o: _OneStage, n: int) -> Tensor:
         matched, logits = o.matched[n], o.head["cls_logits"][n].float()
         positive = matched >= 0
         labels = torch.zeros_like(matched)
@@ -184,7 +191,7 @@ class SSDAdapter(OneStageAdapter):
         per_anchor[positive] += regression
         return torch.stack([part.sum() for part in per_anchor.split(o.anchors_per_level)]) / positive.sum().clamp(min=1)
 
-    def detections(self, model: nn.Module, images: ImageList, features: Features) -> Targets:
+    def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         levels = list(features.values())
         return model.postprocess_detections(model.head(levels), model.anchor_generator(images, levels), images.image_sizes)
 
@@ -213,7 +220,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
     def supports(model: nn.Module) -> bool:
         return isinstance(model, FasterRCNN) and not isinstance(model, MaskRCNN | KeypointRCNN)
 
-    def head_losses(self, model: nn.Module, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
+    def head_losses(self, model: Detector, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
         rpn, roi = model.rpn, model.roi_heads
         levels = list(features.values())
         objectness, deltas = rpn.head(levels)
@@ -245,7 +252,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return TaskLosses(losses, outputs)
 
     @torch.no_grad()
-    def per_image_losses(self, model: nn.Module, losses: TaskLosses, per_level: bool) -> Tensor:
+    def per_image_losses(self, model: Detector, losses: TaskLosses, per_level: bool) -> Tensor:
         model, o = unwrap(model), losses.outputs
         roi_counts = [len(labels) for labels in o.roi_labels]
         roi_parts = zip(o.class_logits.split(roi_counts), o.box_regression.split(roi_counts), o.roi_labels, o.roi_regression, strict=True)
@@ -253,7 +260,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         rpn = torch.stack([self._rpn_losses(model, o, n) for n in range(len(o.labels))], dim=1)
         return rpn + roi if per_level else rpn.sum(0) + roi
 
-    def _rpn_losses(self, model: nn.Module, o: _TwoStage, n: int) -> Tensor:
+    def _rpn_losses(self, model: Detector, o: _TwoStage, n: int) -> Tensor:
         anchors = len(o.labels[n])
         image = slice(n * anchors, (n + 1) * anchors)
         sampled = (o.labels[n] >= 0).sum().clamp(min=1)
@@ -268,7 +275,7 @@ class FasterRCNNAdapter(TorchvisionAdapter):
             parts.append(sum(loss.float() for loss in both) * own / sampled)
         return torch.stack(parts)
 
-    def detections(self, model: nn.Module, images: ImageList, features: Features) -> Targets:
+    def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         training = model.rpn.training, model.roi_heads.training
         model.rpn.training = model.roi_heads.training = False
         try:

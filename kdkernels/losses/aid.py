@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pyramid import Pyramid, as_pyramid, check_choice
+from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice
 from .base import DistillationLoss
 
 GRANULARITIES = ("image", "level x image", "level", "batch")
@@ -76,7 +76,7 @@ class AIDLoss(DistillationLoss):
     def teacher_side(
         self,
         teacher_features: Pyramid,
-        teacher_gradients: Pyramid | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | float | None = None,
@@ -92,7 +92,7 @@ class AIDLoss(DistillationLoss):
             # exp(-inf) would make an innocent 0 of an infinite loss; infinity * 0 is NaN.
             return AIDSide(base, torch.exp(-self.alpha * t) + t * 0)
 
-    def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         terms = self.base.terms(student_features, side.base, student_gradients)
         return {name: value * side.weight for name, value in terms.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.box_mask import check_boxes
-from ..pyramid import Pyramid, as_pyramid, check_choice, check_match
+from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match
 from ..reference.box_mask import Boxes, is_padded
 
 REDUCTIONS = ("sum", "none")
@@ -75,15 +75,15 @@ class DistillationLoss(nn.Module):
     def teacher_side(
         self,
         teacher_features: Pyramid,
-        teacher_gradients: Pyramid | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | None = None,
+        teacher_losses: Tensor | float | None = None,
     ) -> Any:
         """Everything that does not depend on the student, detached; to be passed to `terms`."""
         raise TypeError(f"{type(self).__name__} does not define teacher_side")
 
-    def terms(self, student_features: Pyramid, side: Any, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Pyramid, side: Any, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         """Name of each term -> (L, N), fp32 (fp64 for fp64), with weight and normalisers inside."""
         raise TypeError(f"{type(self).__name__} does not define terms")
 
@@ -154,4 +154,4 @@ def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int,
     batch, device = features[0].shape[0], features[0].device
     if images != batch:
         raise ValueError(f"boxes are of {images} images, the features of {batch}")
-    return ops.box_mask([b.to(device) for b in boxes], image_size, [tuple(x.shape[2:]) for x in features], *options)
+    return ops.box_mask([b.to(device) for b in boxes], image_size, [(x.shape[2], x.shape[3]) for x in features], *options)

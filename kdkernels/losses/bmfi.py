@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.box_mask import background, check_mask_options
-from ..pyramid import Pyramid, as_pyramid, check_choice, check_match, stack_levels
+from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match, stack_levels
 from .base import DistillationLoss, level_masks
 
 MASKS = ("gaussian", "exponential", "area", "binary")
@@ -95,10 +95,10 @@ class BMFILoss(DistillationLoss):
     def teacher_side(
         self,
         teacher_features: Pyramid,
-        teacher_gradients: Pyramid | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | None = None,
+        teacher_losses: Tensor | float | None = None,
     ) -> BMFISide:
         with torch.no_grad():
             features, names = as_pyramid("teacher_features", teacher_features)
@@ -111,34 +111,32 @@ class BMFILoss(DistillationLoss):
                 outside = [background(m) for m in mask] if self.beta_bg else None
             return BMFISide(features, names, spatial, channel, mask, outside)
 
-    def terms(self, student_features: Pyramid, side: BMFISide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Pyramid, side: BMFISide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         features, names = as_pyramid("student_features", student_features)
         check_match("student_features", features, names, "teacher_features", side.features, side.names)
         batch = max(features[0].shape[0], 1) if features else 1
         spatial, channel = side.spatial, side.channel
         terms: dict[str, Tensor] = {}
-        own_spatial = own_channel = None
-        if self.gamma or self.attention_from == "mean":
-            own_spatial, own_channel = ops.attention(features, self.temperature)
-        if self.attention_from == "mean":
-            spatial = [((a + b) / 2).detach() for a, b in zip(own_spatial, spatial, strict=True)]
-            channel = [((a + b) / 2).detach() for a, b in zip(own_channel, channel, strict=True)]
+        own = ops.attention(features, self.temperature) if self.gamma or self.attention_from == "mean" else None
+        if own is not None and self.attention_from == "mean":
+            spatial = [((a + b) / 2).detach() for a, b in zip(own[0], spatial, strict=True)]
+            channel = [((a + b) / 2).detach() for a, b in zip(own[1], channel, strict=True)]
         # The grains differ in their spatial weights only, so one pass over the features serves all.
         grains: dict[str, list[Tensor]] = {}
-        if self.alpha:
+        if side.mask is not None and self.alpha:
             grains["region"] = [m * s * self.alpha for m, s in zip(side.mask, spatial, strict=True)]
         if self.lambda_:
             grains["whole"] = [s * (self.lambda_ / (s.shape[1] * s.shape[2])) for s in spatial]
-        if self.beta_bg:
+        if side.background is not None:
             grains["background"] = [m * s * self.beta_bg for m, s in zip(side.background, spatial, strict=True)]
         if grains:
             weights = [torch.stack(level, 1) for level in zip(*grains.values(), strict=True)]
             imitation = ops.feature_imitation(features, side.features, weights, channel) * (self.weight / batch)
             terms.update(zip(grains, imitation.unbind(-1) if features else [imitation] * len(grains), strict=True))
-        if self.gamma:
+        if own is not None and self.gamma:
             distance = [
                 (a - b).abs().sum((1, 2)) + (c - d).abs().sum(1)
-                for a, b, c, d in zip(own_spatial, side.spatial, own_channel, side.channel, strict=True)
+                for a, b, c, d in zip(own[0], side.spatial, own[1], side.channel, strict=True)
             ]
             terms["attention"] = stack_levels(distance) * (self.weight * self.gamma / batch)
         return terms

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..pyramid import Pyramid
+from ..pyramid import Gradients, Pyramid
 from .base import DistillationLoss, NonFinite, NonFiniteError
 
 
@@ -35,8 +35,8 @@ class FusedLoss(nn.Module):
         self,
         student_features: Pyramid,
         teacher_features: Pyramid,
-        student_gradients: Pyramid | None = None,
-        teacher_gradients: Pyramid | None = None,
+        student_gradients: Gradients | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | float | None = None,
@@ -50,7 +50,7 @@ class FusedLoss(nn.Module):
             "teacher_losses": teacher_losses,
         }
         values = {}
-        for name, loss in self.losses.items():
+        for name, loss in self._members():
             loss.require(given, name)
             try:
                 values[name] = loss.evaluate(student_features, teacher_features, **given)
@@ -60,4 +60,8 @@ class FusedLoss(nn.Module):
 
     def check(self) -> list[NonFinite]:
         """The non-finite values of all losses since the last call, under the losses' names here. Synchronises and clears."""
-        return [found._replace(loss=name) for name, loss in self.losses.items() for found in loss.check()]
+        return [found._replace(loss=name) for name, loss in self._members() for found in loss.check()]
+
+    def _members(self) -> Iterator[tuple[str, DistillationLoss]]:
+        for name, loss in self.losses.items():
+            yield name, cast(DistillationLoss, loss)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.map_distance import AVERAGES, DISTANCES, check_map_options
 from ..ops.weighted_channel_sum import ACTIVATIONS, RECTIFIERS
-from ..pyramid import Pyramid, accumulate, as_pyramid, check_choice, check_match, stack_levels
+from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, check_choice, check_match, stack_levels
 from .base import DistillationLoss, level_masks
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,8 +137,8 @@ class GKDLoss(DistillationLoss):
         self,
         student_features: Pyramid,
         teacher_features: Pyramid,
-        student_gradients: Pyramid | None = None,
-        teacher_gradients: Pyramid | None = None,
+        student_gradients: Gradients | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
     ) -> Tensor:
@@ -158,10 +158,10 @@ class GKDLoss(DistillationLoss):
     def teacher_side(
         self,
         teacher_features: Pyramid,
-        teacher_gradients: Pyramid | None = None,
+        teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | None = None,
+        teacher_losses: Tensor | float | None = None,
     ) -> GKDSide:
         with torch.no_grad():
             features, names = as_pyramid("teacher_features", teacher_features)
@@ -180,7 +180,7 @@ class GKDLoss(DistillationLoss):
                 self._channel_factors(gradients),
             )
 
-    def terms(self, student_features: Pyramid, side: GKDSide, student_gradients: Pyramid | None = None) -> dict[str, Tensor]:
+    def terms(self, student_features: Pyramid, side: GKDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         features, names = as_pyramid("student_features", student_features)
         imitates = self.form == "imitation"
         check_match("student_features", features, names, "teacher_features", side.shapes, side.names, "NCHW" if imitates else "N")
@@ -202,8 +202,8 @@ class GKDLoss(DistillationLoss):
             masks = level_masks([features[i] for i in keep], side.boxes, side.image_size)
             spatial = [m.sqrt() for m in masks]
         rows = ops.map_distance(
-            [maps[i] for i in keep],
-            [side.maps[i] for i in keep],
+            _chosen(maps, keep),
+            _chosen(side.maps, keep),
             self.normalize,
             self.distance,
             self.eps,
@@ -215,19 +215,20 @@ class GKDLoss(DistillationLoss):
         return _scatter(rows, keep, features)
 
     def _imitation(self, features: list[Tensor], side: GKDSide) -> Tensor:
+        assert side.features is not None and side.channel is not None  # the imitation form's side has both
         keep = [i for i, c in enumerate(side.channel) if c is not None]
         rows = ops.feature_imitation(
             [features[i] for i in keep],
             [side.features[i] for i in keep],
-            [side.maps[i] for i in keep] if side.maps else None,
-            [side.channel[i] for i in keep],
+            _chosen(side.maps, keep) if side.maps else None,
+            _chosen(side.channel, keep),
         )
         rows = stack_levels([row / max(features[i].numel(), 1) for row, i in zip(rows.unbind(0), keep, strict=True)])
         return _scatter(rows, keep, features)
 
     def _maps(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
         keep = [i for i, g in enumerate(gradients) if g is not None]
-        given = [gradients[i] for i in keep]
+        given = _chosen(gradients, keep)
         if self.channel_weight == "elementwise":
             weights = [accumulate(g).abs() for g in given]
         else:
@@ -264,7 +265,7 @@ class GKDLoss(DistillationLoss):
         return factors
 
     @staticmethod
-    def _gradients(side: str, gradients: Pyramid | None, features: list[Tensor], names: Sequence[str]) -> list[Tensor | None]:
+    def _gradients(side: str, gradients: Gradients | None, features: list[Tensor], names: Sequence[str]) -> list[Tensor | None]:
         if gradients is None:
             raise ValueError(f"GKDLoss needs {side}_gradients, which is missing")
         levels, keys = as_pyramid(f"{side}_gradients", gradients, optional=True)
@@ -286,6 +287,11 @@ class GKDLoss(DistillationLoss):
         signed_map = self.normalize == "zscore" or (self.normalize == "none" and self.rectify == "none")
         if self.form == "imitation" and self.spatial and signed_map:
             raise ValueError(f'normalize="{self.normalize}" gives negative spatial weights; form="imitation" needs another')
+
+
+def _chosen(levels: Sequence[Tensor | None], keep: Sequence[int]) -> list[Tensor]:
+    """The levels with these indices, none of which is None."""
+    return [x for i in keep if (x := levels[i]) is not None]
 
 
 def _scatter(rows: Tensor, keep: list[int], features: list[Tensor]) -> Tensor:

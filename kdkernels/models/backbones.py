@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torchvision
@@ -77,9 +78,9 @@ def _efficientnet_lite(name: str, pretrained: bool) -> tuple[nn.Sequential, list
     return nn.Sequential(OrderedDict((n, nn.Sequential(*s)) for n, s in zip(names, stages, strict=True))), channels[1:]
 
 
-def torchvision_body(name: str, pretrained: bool, **kwargs: object) -> nn.Module:
+def torchvision_body(name: str, pretrained: bool, **kwargs: object) -> Any:
     """A torchvision classifier with or without its ImageNet weights (downloaded on first use)."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None  # type: ignore[attr-defined]
+    weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
     return torchvision.models.get_model(name, weights=weights, **kwargs)
 
 
@@ -123,6 +124,7 @@ def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
 
     fcos and retinanet: strides 8, 16, 32 and, with `levels=5`, 64 and 128. fasterrcnn: strides 4 to 32 and torchvision's `pool` level.
     """
+    assert spec.neck_channels is not None  # resolved
     body, names, channels = _body(spec)
     extra: ExtraFPNBlock | None = None
     if spec.detector == "fasterrcnn":

@@ -49,6 +49,7 @@ def _fcos(spec: DetectorSpec) -> FCOS:
 
 
 def _retinanet(spec: DetectorSpec) -> RetinaNet:
+    assert spec.anchor_scale is not None and spec.neck_channels is not None  # resolved
     sides = [s * spec.anchor_scale for s in _strides(spec)]
     sizes = tuple(tuple(int(side * 2 ** (k / 3)) for k in range(3)) for side in sides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -60,6 +61,7 @@ def _retinanet(spec: DetectorSpec) -> RetinaNet:
 
 
 def _faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
+    assert spec.anchor_scale is not None  # resolved
     sizes = tuple((int(s * spec.anchor_scale),) for s in (4, 8, 16, 32, 64))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     post = {f"box_{k}": v for k, v in _post(spec).items()}

@@ -85,8 +85,8 @@ def gkd_maps(model: nn.Module, dataset: DetectionDataset, index: int) -> dict[st
         output = teacher(images, targets, gradients=True)
     finally:
         teacher.close()
-    gradients = output.gradients or {}
-    names = [name for name in output.features if gradients.get(name) is not None]
+    gradients = {name: g for name, g in (output.gradients or {}).items() if g is not None}
+    names = [name for name in output.features if name in gradients]
     weights = channel_mean([gradients[name] for name in names])
     maps, low, high = weighted_channel_sum([output.features[name] for name in names], weights)
     # A constant map (no gradient, say) has nothing to show and is 0.
@@ -105,12 +105,12 @@ def bmfi_masks(bmfi: BMFILoss, model: nn.Module, dataset: DetectionDataset, inde
     finally:
         teacher.close()
     boxes, counts, size = find_adapter(model).frame(model, images, targets)
-    sizes = [tuple(x.shape[-2:]) for x in features.values()]
+    sizes = [(x.shape[-2], x.shape[-1]) for x in features.values()]
     masks = box_mask((boxes, counts), size, sizes, kind=bmfi.mask, expand=bmfi.expand, placement=bmfi.placement)
     return {name: mask[0] for name, mask in zip(features, masks, strict=True)}
 
 
-def _framed(model: nn.Module, dataset: DetectionDataset, index: int) -> tuple[Any, Any]:
+def _framed(model: Any, dataset: DetectionDataset, index: int) -> tuple[Any, Any]:
     """One image and its target as the model's own transform makes them."""
     image, target = dataset[index]
     with torch.no_grad():

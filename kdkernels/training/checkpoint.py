@@ -49,7 +49,8 @@ def check_same_run(state: dict[str, Any], config: TrainConfig, path: Path) -> No
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of the global generators of torch (CPU and `device`), numpy and random."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy_state
     version, numbers, cached = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -70,7 +70,7 @@ class Feed:
                 batches.append(samples[start : start + self.batch_size])
         loader = DataLoader(
             self.dataset,
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
             # The base seed of the workers; without a generator it would be drawn from the global one, differently after a resume.

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdkernels.data import Augment, DetectionDataset
+from kdkernels.losses import DistillationLoss
 from kdkernels.models import DetectorSpec, write_model_json
 
 from . import checkpoint
@@ -36,7 +37,7 @@ class Loop:
         val_set: DetectionDataset | None,
         config: TrainConfig,
         teacher: Any,
-        losses: Mapping[str, nn.Module] | None,
+        losses: Mapping[str, DistillationLoss] | None,
         console: bool,
         progress: Callable[[int, int], None] | None,
         evaluate: Callable[[nn.Module, DetectionDataset], dict[str, float]] | None,
@@ -71,7 +72,7 @@ class Loop:
         self.counts: dict[str, int] = {}
         self.bad_steps = 0
 
-    def _prepare(self, model: nn.Module, teacher: Any, losses: Mapping[str, nn.Module] | None) -> None:
+    def _prepare(self, model: nn.Module, teacher: Any, losses: Mapping[str, DistillationLoss] | None) -> None:
         config, machine = self.config, self.machine
         model.train()
         self.inherited = None
@@ -98,7 +99,7 @@ class Loop:
         """Train to the end."""
         if self.config.resume:
             self._resume()
-        elif self.run_dir is not None and self.machine.main:
+        elif self.run_dir is not None and self.spec is not None and self.machine.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.config.write(self.run_dir / "config.yaml")
             write_model_json(self.run_dir / "model.json", self.spec, self.classes)
@@ -208,15 +209,15 @@ class Loop:
         due = self.step == self.total or (self.config.eval_every and epoch % self.config.eval_every == 0)
         if due and self.val_set is not None:
             self._save()  # evaluation may be long, and Ctrl-C in it should cost nothing: `run` comes back here
-            entry |= self._evaluate()
+            entry |= self._evaluate(self.val_set)
         self.sums, self.counts = {}, {}
         self.history.append(entry)
         self.log.line(epoch_line(entry, self.epochs))
         self._save()
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, val_set: DetectionDataset) -> dict[str, float]:
         model = self.ema.model if self.ema is not None else self.model
-        found = self.machine.on_main(lambda: self.evaluate(model, self.val_set))
+        found = self.machine.on_main(lambda: self.evaluate(model, val_set))
         if self.best is None or found["bbox/AP"] > self.best:
             self.best = found["bbox/AP"]
             if self.run_dir is not None and self.machine.main:
@@ -253,6 +254,7 @@ class Loop:
         checkpoint.save(state, self.run_dir / checkpoint.LAST)
 
     def _resume(self) -> None:
+        assert self.run_dir is not None  # TrainConfig demands one for resume
         path = self.run_dir / checkpoint.LAST
         state = checkpoint.load(path)
         checkpoint.check_same_run(state, self.config, path)

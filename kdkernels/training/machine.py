@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from kdkernels.data import DetectionDataset
+from kdkernels.losses import DistillationLoss
 
 from .config import TrainConfig
 from .ema import Ema
@@ -50,7 +51,8 @@ class Machine:
         """Move the model to its device and memory format, in place."""
         model.to(self.device)
         if self.config.channels_last:
-            model.to(memory_format=torch.channels_last)
+            # torch's stubs have this overload for tensors only.
+            cast(Any, model).to(memory_format=torch.channels_last)
 
     def ema(self, model: nn.Module) -> Ema | None:
         return Ema(model, self.config.ema_decay) if self.config.ema_decay else None
@@ -67,7 +69,9 @@ class Machine:
         """The optimiser as Accelerate wraps it (accumulation, loss scale)."""
         return self._accelerator.prepare_optimizer(optimizer)
 
-    def distiller(self, student: nn.Module, teacher: Any, losses: Mapping[str, nn.Module] | None, sample: Callable[[], Batch]) -> Any:
+    def distiller(
+        self, student: nn.Module, teacher: Any, losses: Mapping[str, DistillationLoss] | None, sample: Callable[[], Batch]
+    ) -> Any:
         """The Distiller with its trainable parts built and wrapped, or None when there are no losses."""
         if not losses:
             return None

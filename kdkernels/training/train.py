@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kdkernels.data import DetectionDataset
+from kdkernels.losses import DistillationLoss
 from kdkernels.models import DetectorSpec
 
 from .config import TrainConfig
@@ -22,7 +23,7 @@ def train(
     val_set: DetectionDataset | None,
     config: TrainConfig | None = None,
     teacher: nn.Module | Any = None,
-    losses: Mapping[str, nn.Module] | None = None,
+    losses: Mapping[str, DistillationLoss] | None = None,
     *,
     console: bool = True,
     progress: Callable[[int, int], None] | None = None,

@@ -1,0 +1,100 @@
+"""Memory: what a call takes, what is free, and how much the caches hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+#: Where neither the system nor the device says how large its last-level cache is.
+UNKNOWN_CACHE = 32 << 20
+_CPUS = Path("/sys/devices/system/cpu")
+_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
+    """The most that `call` holds at a time above what was there before, its results included. None where the profiler sees no allocation.
+
+    On a CPU only memory from torch's allocator counts.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+        call()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    if not events:
+        return None
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on the device; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [limit for limit in (_free_of_system(), *map(_free_of_group, _GROUPS)) if limit is not None]
+    return min(limits, default=None)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the last-level cache: a GPU's L2; on a CPU all those that the cores of this process reach, together."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    found = {}
+    for core in cores:
+        described = _last_cache(_CPUS / f"cpu{core}" / "cache")
+        if described is not None:
+            found[described[0]] = described[1]
+    if found:
+        return sum(found.values())
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or UNKNOWN_CACHE
+    except (AttributeError, ValueError, OSError):
+        return UNKNOWN_CACHE
+
+
+def _last_cache(folder: Path) -> tuple[str, int] | None:
+    """Which cores share a core's highest cache, and its bytes."""
+    caches = []
+    for index in folder.glob("index*"):
+        try:
+            level, size, shared = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+        except OSError:
+            continue
+        if size.endswith("K"):
+            caches.append((int(level), shared, int(size[:-1]) << 10))
+    if not caches:
+        return None
+    _, shared, held = max(caches)
+    return shared, held
+
+
+def _free_of_system() -> int | None:
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _free_of_group(limit: Path) -> int | None:
+    """What a container may still take: its limit less what cannot be written back to files."""
+    try:
+        used = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        return int(limit.read_text()) - int(used["anon"] if "anon" in used else used["rss"])
+    except (OSError, KeyError, ValueError):  # no such group, or its limit is "max"
+        return None

@@ -1,0 +1,182 @@
+"""`kdkernels bench`: every chosen provider on every chosen cell, into a file of records and a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import records_table
+from .choices import choices
+from .measure import records
+from .measure.bandwidth import copy_bandwidth
+from .measure.cell import Cell, said
+from .measure.clock import Clock
+from .measure.memory import available_bytes
+from .measure.profile import import_seconds
+from .measure.provenance import device_state, provenance, revision
+from .measure.samples import needed_bytes
+from .providers import BACKENDS, BASELINES, absent, providers
+from .registry import BATCHES, BOXES, CHANNELS, DTYPES, ENTRIES, LAYOUTS, MODES, PYRAMIDS, QUICK, Case, Entry, all_cases
+
+Record = dict[str, Any]
+#: Option -> field of `Case` and its values.
+AXES: dict[str, tuple[str, Sequence[Any]]] = {
+    "case": ("pyramid", tuple(PYRAMIDS)),
+    "batch": ("batch", BATCHES),
+    "channels": ("channels", CHANNELS),
+    "boxes": ("boxes", BOXES),
+    "dtype": ("dtype", tuple(DTYPES)),
+    "layout": ("layout", tuple(LAYOUTS)),
+}
+
+
+class Job(NamedTuple):
+    """One cell to be measured."""
+
+    entry: Entry
+    case: Case
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.entry.name}, {self.mode}, {self.case.name}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def several(option: str, known: Sequence[Any], default: Sequence[Any] | None, otherwise: str) -> None:
+        text = f"comma list of {', '.join(map(str, known))} (default: {otherwise})"
+        parser.add_argument(f"--{option}", type=choices(known), default=default, metavar="LIST", help=text)
+
+    several("entry", tuple(ENTRIES), tuple(ENTRIES), "all")
+    for option, (field, values) in AXES.items():
+        several(option, values, None, str(getattr(Case(), field)))
+    several("mode", MODES, MODES, "all that an entry has")
+    several("provider", (*BASELINES, *BACKENDS), (*BASELINES, *BACKENDS), "all; those that cannot run here are listed with the reason")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a dozen cases; --case, --batch ... keep those that match")
+    which.add_argument("--full", action="store_true", help="every case there is; --case, --batch ... keep those that match")
+    parser.add_argument("--seconds", type=_positive, default=1.0, help="of timing that a provider gets in each cell (default: 1)")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=gpu, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and of the order of providers (default: 0)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines are added to it (default: a latest-kernels.jsonl)")
+    parser.add_argument("--resume", action="store_true", help="skip cells that FILE has from this commit, with nothing changed since")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code: 0 done, 1 something failed or was rejected, 2 nothing to measure, 130 Ctrl-C."""
+    jobs = grid([ENTRIES[name] for name in args.entry], cases(args), args.mode)
+    if not jobs:
+        print("nothing to measure: no such case among --quick or --full, or the entries have none of the modes", file=sys.stderr)
+        return 2
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    output = args.output or records.default_path(device, "kernels")
+    if args.resume:
+        done = finished(records.read(output))
+        jobs = [job for job in jobs if not all(_key(job, name) in done for name in args.provider)]
+    print(f"{len(jobs)} cells, up to {len(args.provider)} providers each; records go to {output}", file=sys.stderr)
+    sound, begun = True, time.perf_counter()
+    measured = measure(jobs, args.provider, device, args.seconds, args.seed)
+    try:
+        for number, (job, found) in enumerate(measured, 1):
+            for record in found:
+                records.append(output, record)
+            sound = sound and all(record["status"] not in ("rejected", "failed") for record in found)
+            print(records_table.table(str(job), found), flush=True)
+            left = (time.perf_counter() - begun) / number * (len(jobs) - number)
+            print(f"[{number}/{len(jobs)}] {job}: done; about {_duration(left)} left", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; finished cells are in {output}, --resume goes on from there", file=sys.stderr)
+        return 130
+    return 0 if sound else 1
+
+
+def grid(entries: Sequence[Entry], cases: Sequence[Case], modes: Sequence[str]) -> list[Job]:
+    """The cells, those of one case together; an entry is measured in the modes that it has."""
+    return [Job(entry, case, mode) for case in cases for entry in entries for mode in entry.modes if mode in modes]
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for: the usual one, changed as they say; with --quick or --full those of that list that match them."""
+    given = {field: chosen for option, (field, _) in AXES.items() if (chosen := getattr(args, option)) is not None}
+    if args.quick or args.full:
+        known = QUICK if args.quick else all_cases()
+        return [case for case in known if all(getattr(case, field) in chosen for field, chosen in given.items())]
+    usual = Case().as_dict()
+    return [Case(*values) for values in product(*(given.get(field.name, [usual[field.name]]) for field in fields(Case)))]
+
+
+def measure(
+    jobs: Sequence[Job], names: Sequence[str], device: torch.device, seconds: float = 1.0, seed: int = 0
+) -> Iterator[tuple[Job, list[Record]]]:
+    """Each job with a record for every named provider, as soon as it is done."""
+    if not jobs:
+        return
+    torch.manual_seed(seed)
+    copy = copy_bandwidth(device, Clock(device))
+    imported = import_seconds() if any(name in BACKENDS for name in names) else None
+    origin = provenance(device, seed)
+    for job in jobs:
+        before = device_state(device)
+        figures = _figures(job, names, device, seconds, seed)
+        source = {**origin, "before": before, "after": device_state(device)}
+        imports = {name: imported if name in BACKENDS else None for name in names}
+        yield job, [records.kernel_record(*job, name, figures[name], copy, imports[name], source) for name in names]
+
+
+def finished(found: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Keys of the records that need not be measured again: of the same commit, with nothing changed then or now."""
+    commit, dirty = revision()
+    if commit is None or dirty:
+        print("--resume: kdkernels is not at a clean commit, so everything is measured", file=sys.stderr)
+        return set()
+    same = (record for record in records.newest(found) if record["provenance"]["commit"] == commit and not record["provenance"]["dirty"])
+    return {records.key(record) for record in same if record["status"] != "failed"}
+
+
+def _figures(job: Job, names: Sequence[str], device: torch.device, seconds: float, seed: int) -> dict[str, Mapping[str, Any]]:
+    """Provider -> what its record says."""
+    known = providers()
+    figures: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        if reason := absent(known[name], device):
+            figures[name] = {"status": "absent", "reason": reason}
+    here = [name for name in names if name not in figures]
+    try:
+        needed, available = needed_bytes(job.entry, job.case, device), available_bytes(device)
+        if available is not None and needed > available:
+            reason = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            return {**figures, **{name: {"status": "skipped", "reason": reason} for name in here}}
+        cell = Cell(*job, device, seed)
+        for name in here:
+            cell.admit(known[name])
+        cell.time(seconds)
+        return {**figures, **{name: cell.figures(name) for name in here}}
+    except Exception as error:  # One cell that cannot be measured must not cost the rest of a night's run.
+        return {**figures, **{name: {"status": "failed", "reason": said(error)} for name in here}}
+
+
+def _key(job: Job, provider: str) -> str:
+    about = {"kind": "kernel", "entry": job.entry.name, "case": job.case.as_dict(), "mode": job.mode, "provider": provider}
+    return records.key(about)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,196 @@
+"""Build, test and measure on a machine with a GPU: `scripts/gpu_suite.sh OUT [--full | --smoke]`.
+
+Runs every part whatever becomes of the others. The quick form ends within nine minutes; --full measures the whole grid and takes hours;
+--smoke shows on a machine without a GPU that the suite itself works. Leaves in OUT:
+
+    suite.json                     every part's status and seconds, the machine, the tests that were left out and why
+    suite.log                      what the parts printed
+    junit-gpu.xml, junit-cpu.xml   the tests marked `gpu`; the tests of primitives and of the harness
+    kernels.jsonl, steps.jsonl     measurements
+    speed-of-light.md              how far they are from the copy bandwidth
+    ncu.csv                        memory traffic by Nsight Compute, where it can run
+
+Exit code: 0 when all that is required passed, 1 when not, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from suite_runner import ROOT, Part, Suite, find_tool
+
+SECONDS = {"quick": 525.0, "smoke": 300.0, "full": 24 * 3600.0}
+#: compute-sanitizer's exit code for what it found in the code, as against being unable to work.
+FOUND = 99
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--continue-on-collection-errors"]
+BENCH = [sys.executable, "-m", "benchmarks"]
+
+ENVIRONMENT = """
+import json, platform
+from importlib import metadata
+import torch
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "python": platform.python_version(), "platform": platform.platform(), "cuda": torch.version.cuda,
+    "device": torch.cuda.get_device_name() if cuda else None,
+    "capability": list(torch.cuda.get_device_capability()) if cuda else None,
+    **{name: version(name) for name in ("torch", "torchvision", "triton", "numpy", "pytest", "hypothesis")},
+}))
+"""
+
+#: Modules that tests may need and a GPU machine may lack.
+OPTIONAL = ["accelerate", "build", "hypothesis", "jinja2", "matplotlib", "PIL", "pycocotools", "rich", "setuptools", "typer", "yaml"]
+
+#: Imports each test file and says which need an optional package that is not here. Any other error is left to pytest, which fails with it.
+LEFT_OUT = """
+import importlib.util, json, pathlib, sys
+root, optional = pathlib.Path(sys.argv[1]), sys.argv[2:]
+sys.path[:0] = [str(root / "tests"), str(root)]
+found = {}
+for path in sorted((root / "tests").glob("test_*.py")):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in optional:
+            found[path.name] = "needs " + error.name
+    except BaseException:
+        pass
+print(json.dumps(found))
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_suite.sh", description="Build, test and measure on a machine with a GPU.")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--full", dest="form", action="store_const", const="full", default="quick", help="the whole grid: hours")
+    form.add_argument("--smoke", dest="form", action="store_const", const="smoke", help="a minute's worth, with or without a GPU")
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    # A job that a shell started in the background ignores it, and so would the parts, which are ended by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as scratch:
+        suite = Suite(out, Path(scratch), arguments.form, SECONDS[arguments.form])
+        gpu = look_around(suite, arguments.form)
+        suite.run(native_library())
+        for part in tests(out, find_tests(suite)):
+            suite.run(part)
+        small = arguments.form == "smoke" or not gpu
+        for part in measurements(out, "smoke" if small else arguments.form, "cuda" if gpu else "cpu"):
+            suite.run(part)
+        for part in tools(out, gpu):
+            suite.run(part)
+        return suite.finish()
+
+
+def look_around(suite: Suite, form: str) -> bool:
+    """Records the machine; whether it has a GPU that torch can use."""
+    begin = time.monotonic()
+    found = suite.ask(ENVIRONMENT, limit=60)
+    suite.report["environment"] = found
+    reason = found.get("error", "" if found.get("device") else "torch finds no CUDA device: nothing below is about a GPU")
+    bad = "error" in found or (bool(reason) and form != "smoke")
+    suite.record("environment", "failed" if bad else "passed", reason, time.monotonic() - begin, required=True)
+    return bool(found.get("device"))
+
+
+def native_library() -> Part:
+    sources = [path for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(pattern)]
+    absent = "" if sources else "csrc has no sources"
+    if not absent and importlib.util.find_spec("setuptools") is None:
+        absent = "setuptools is not installed"
+    return Part("native library", [sys.executable, "setup.py", "build_ext", "--inplace"], limit=120, absent=absent)
+
+
+def find_tests(suite: Suite) -> list[Path]:
+    """The test files whose packages are here; the others are recorded."""
+    begin = time.monotonic()
+    left_out: dict[str, Any] = suite.ask(LEFT_OUT, str(ROOT), *OPTIONAL, limit=90)
+    suite.report["tests_left_out"] = left_out
+    reason = "; ".join(f"{name} left out: {why}" for name, why in left_out.items())
+    suite.record("test files", "failed" if "error" in left_out else "passed", reason, time.monotonic() - begin, required=True)
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in left_out]
+
+
+def tests(out: Path, files: list[Path]) -> list[Part]:
+    primitives = {f"test_{path.stem}.py" for path in (ROOT / "kdkernels" / "ops").glob("*.py")}
+    measured = [path for path in files if path.name in primitives or path.name.startswith(("test_bench_", "test_registry"))]
+    return [
+        Part("GPU tests", [*PYTEST, "-m", "gpu", f"--junitxml={out}/junit-gpu.xml", *map(str, files)], limit=100),
+        Part(
+            "primitive and harness tests",
+            [*PYTEST, "-m", "not gpu", f"--junitxml={out}/junit-cpu.xml", *map(str, measured)],
+            limit=60,
+            absent="" if measured else "all of them need packages that are not here",
+        ),
+    ]
+
+
+def measurements(out: Path, form: str, device: str) -> list[Part]:
+    kernels, steps = out / "kernels.jsonl", out / "steps.jsonl"
+    on = ["--device", device]
+    if form == "full":
+        runs = [("kernels", ["--full"], 20 * 3600.0)]
+        step, limit = ["--pair", "fcos-r101-r50,fcos-r101-r18,frcnn-r101-r50,frcnn-r101-r18", "--batch", "8", "--amp", "bf16"], 2 * 3600.0
+    elif form == "quick":
+        # torch.compile needs most of the time: it has its turn with the whole call at the size that is quoted, the others with everything.
+        runs = [
+            ("kernels, whole call", ["--entry", "gkd_bmfi", "--case", "fcos", "--batch", "8", "--dtype", "bf16", "--seconds", "0.5"], 80),
+            ("kernels, quick grid", ["--quick", "--provider", "paper,eager,reference,triton,native", "--seconds", "0.1"], 60),
+        ]
+        step, limit = ["--pair", "fcos-r101-r50", "--batch", "8", "--amp", "bf16", "--loss", "gkd_bmfi", "--rounds", "5"], 60
+    else:
+        tiny = ["--case", "tiny", "--batch", "1", "--channels", "64", "--mode", "backward", "--seconds", "0.1"]
+        runs = [("kernels", ["--entry", "feature_imitation", "--provider", "eager,reference", *tiny], 60)]
+        step, limit = ["--pair", "fcos-small", "--batch", "1", "--loss", "bmfi", "--provider", "reference", "--rounds", "1"], 60
+    light = [*BENCH, "speed-of-light", "--input", str(kernels)]
+    return [
+        *(Part(name, [*BENCH, *options, *on, "--output", str(kernels)], limit, result=kernels.name) for name, options, limit in runs),
+        Part("speed of light", light, limit=15, output="speed-of-light.md"),
+        Part("training steps", [*BENCH, "step", *step, *on, "--output", str(steps)], limit, result=steps.name),
+    ]
+
+
+def tools(out: Path, gpu: bool) -> list[Part]:
+    """The sanitizer and the profiler over the smallest of the GPU tests."""
+    few = [*PYTEST, "-m", "gpu", "-k", "small", str(ROOT / "tests" / "test_gpu.py")]
+    sanitizer, ncu = find_tool("compute-sanitizer"), find_tool("ncu")
+    metrics = "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"
+    no_gpu = "" if gpu else "there is no GPU"
+    return [
+        Part(
+            "memory checker",
+            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(FOUND), *few],
+            limit=45,
+            absent=no_gpu or ("" if sanitizer else "compute-sanitizer is not installed"),
+            found=FOUND,
+            # Inside torch's cached blocks it would see no access out of bounds.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        Part(
+            "memory traffic",
+            [ncu or "ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", metrics, "--launch-count", "200", *few],
+            limit=25,
+            required=False,
+            absent=no_gpu or ("" if ncu else "ncu is not installed"),
+            found=FOUND,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

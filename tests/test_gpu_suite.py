@@ -1,0 +1,129 @@
+"""scripts/gpu_suite.sh: runs through without a GPU and without optional packages, and says what became of every part."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import gpu_suite  # noqa: E402
+from suite_runner import Part, Suite  # noqa: E402
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path, tmp_path / "scratch", "quick", 60)
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def running(process: int) -> bool:
+    """Whether it exists and is no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def statuses(suite: Suite) -> dict[str, str]:
+    return {part["name"]: part["status"] for part in suite.report["parts"]}
+
+
+def test_a_failed_part_does_not_stop_the_others(suite: Suite, tmp_path: Path) -> None:
+    suite.run(Part("bad", python("import sys; print('cries'); sys.exit(3)"), 20))
+    suite.run(Part("good", python("print('table')"), 20, output="table.md"))
+    assert suite.finish() == 1
+    assert statuses(suite) == {"bad": "failed", "good": "passed"}
+    assert json.loads((tmp_path / "suite.json").read_text()) == suite.report
+    assert suite.report["parts"][0]["reason"].startswith("exit code 3") and not suite.report["passed"]
+    assert (tmp_path / "table.md").read_text() == "table\n"
+    assert "cries" in (tmp_path / "suite.log").read_text()
+
+
+def test_time_is_up_for_a_part_and_for_what_it_started(suite: Suite, tmp_path: Path) -> None:
+    # Ctrl-C first, so that what was measured is kept; a child that ignores it is killed.
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    program = f"""
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "kernels.jsonl")!r}).write_text("{{}}")
+"""
+    begin = time.monotonic()
+    suite.run(Part("slow", python(program), 2, result="kernels.jsonl"))
+    assert time.monotonic() - begin < 8
+    assert statuses(suite) == {"slow": "cut short"} and suite.finish() == 0
+    child_id = int((tmp_path / "child").read_text())
+    while time.monotonic() - begin < 20 and running(child_id):
+        time.sleep(0.05)
+    assert not running(child_id)
+
+
+def test_nothing_measured_in_time_is_a_failure_and_no_time_left_as_well(suite: Suite) -> None:
+    suite.run(Part("slow", python("import time; time.sleep(60)"), 1, result="kernels.jsonl"))
+    suite.end = 0.0
+    suite.run(Part("late", python(""), 20))
+    assert statuses(suite) == {"slow": "timeout", "late": "skipped"} and suite.finish() == 1
+
+
+def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> None:
+    suite.run(Part("no tool", ["no-such-tool"], 20, found=99))
+    suite.run(Part("no right", python("import sys; sys.exit(1)"), 20, found=99))
+    suite.run(Part("no GPU", python(""), 20, absent="there is no GPU"))
+    suite.run(Part("optional", python("import sys; sys.exit(1)"), 20, required=False))
+    assert list(statuses(suite).values()) == ["unable", "unable", "absent", "failed"]
+    assert suite.finish() == 0
+    suite.log = (suite.out / "suite.log").open("ab")
+    suite.run(Part("found something", python("import sys; sys.exit(99)"), 20, found=99))
+    assert suite.finish() == 1
+
+
+def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path) -> None:
+    parts = [*gpu_suite.tests(tmp_path, []), *gpu_suite.measurements(tmp_path, "quick", "cuda"), *gpu_suite.tools(tmp_path, True)]
+    assert sum(part.limit for part in parts) + 60 <= gpu_suite.SECONDS["quick"] < 540
+
+
+def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp_path: Path) -> None:
+    """As on a GPU machine: no kdkernels on the path but the checkout's, no hypothesis, typer, rich ..., no git."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("hypothesis", "typer", "rich", "yaml", "pycocotools", "accelerate", "matplotlib"):
+        (hidden / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name={name!r})\n")
+    (hidden / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (hidden / "python3").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{hidden}:/usr/bin:/bin", "PYTHONPATH": str(hidden), "CUDA_VISIBLE_DEVICES": ""}
+    out = tmp_path / "out"
+    command = ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), str(out), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    report = json.loads((out / "suite.json").read_text())
+    log = (out / "suite.log").read_text()
+    assert done.returncode == 0, done.stdout + log
+    assert report["passed"] and report["form"] == "smoke" and report["environment"]["torch"]
+    found = {part["name"]: part["status"] for part in report["parts"]}
+    assert found["environment"] == found["GPU tests"] == found["kernels"] == found["training steps"] == "passed"
+    assert found["memory checker"] == found["memory traffic"] == "absent"
+    assert report["tests_left_out"]["test_box_mask.py"] == "needs hypothesis"
+    assert "test_gpu.py" not in report["tests_left_out"]
+    assert "test_box_mask.py left out: needs hypothesis" in log
+    cases = list(ElementTree.parse(out / "junit-gpu.xml").iter("testcase"))
+    assert {case.get("classname") for case in cases} >= {"tests.test_gpu"}
+    assert all(case.find("skipped") is not None for case in cases)
+    records = [json.loads(line) for line in (out / "kernels.jsonl").read_text().splitlines()]
+    assert {record["provider"] for record in records if record["status"] == "measured"} == {"eager", "reference"}
+    assert (out / "steps.jsonl").stat().st_size and (out / "speed-of-light.md").stat().st_size
+    files = list(out.rglob("*"))
+    assert len(files) <= 8 and max(file.stat().st_size for file in files) < 16e6
