@@ -40,6 +40,7 @@ def bind(entry: Entry, function: Function, mode: str, own: bool) -> Call:
     if mode == "inline":
         if not own:
             return lambda sample: _inline_by_hand(entry, function, sample)
+        assert entry.losses is not None  # methods have an inline mode, and methods have losses
         losses = entry.losses()
         return lambda sample: _inline_tap(losses, sample)
     return lambda sample: _backward(entry, function, sample)
@@ -49,8 +50,8 @@ def sample(entry: Entry, inputs: Inputs, mode: str, shapes: list[torch.Size], ge
     """`inputs` made ready for calls of `mode`; `shapes` are those of the entry's values, `generator` draws the cotangents."""
     if mode == "forward":
         return Sample(dict(inputs))
-    leaves = [x.detach().requires_grad_() for x in inputs[entry.differentiable]]
-    ready = {**inputs, entry.differentiable: leaves}
+    leaves = [x.detach().requires_grad_() for x in inputs[_argument(entry)]]
+    ready = {**inputs, _argument(entry): leaves}
     d = UPSTREAM[mode]
     device = leaves[0].device
     cotangents = [d * (torch.randn(shape, generator=generator) if len(shape) else torch.ones(())).to(device) for shape in shapes]
@@ -61,6 +62,11 @@ def sample(entry: Entry, inputs: Inputs, mode: str, shapes: list[torch.Size], ge
     return Sample(ready, cotangents, arriving)
 
 
+def _argument(entry: Entry) -> str:
+    assert entry.differentiable is not None, f"{entry.name} has no mode with a gradient"
+    return entry.differentiable
+
+
 def _forward(function: Function, sample: Sample) -> list[Tensor]:
     with torch.no_grad():
         return flat(function(**sample.inputs))
@@ -68,13 +74,13 @@ def _forward(function: Function, sample: Sample) -> list[Tensor]:
 
 def _backward(entry: Entry, function: Function, sample: Sample) -> list[Tensor]:
     values = flat(function(**sample.inputs))
-    gradients = torch.autograd.grad(values, sample.inputs[entry.differentiable], sample.cotangents)
+    gradients = torch.autograd.grad(values, sample.inputs[_argument(entry)], sample.cotangents)
     return [*(value.detach() for value in values), *gradients]
 
 
 def _inline_by_hand(entry: Entry, function: Function, sample: Sample) -> list[Tensor]:
     """Without a tap: the loss's own gradient, added to the one that arrives."""
-    leaves = sample.inputs[entry.differentiable]
+    leaves = sample.inputs[_argument(entry)]
     gradients = torch.autograd.grad(flat(function(**sample.inputs)), leaves, sample.cotangents)
     return [g + own for g, own in zip(sample.arriving, gradients, strict=True)]
 

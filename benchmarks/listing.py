@@ -19,9 +19,9 @@ def main(args: argparse.Namespace) -> int:
     print("entries")
     for entry in ENTRIES.values():
         print(f"  {entry.name:24} {entry.kind:10} {', '.join(entry.modes)}")
-    print(f"cases (the usual one is {Case().name}; --full has {sum(1 for _ in all_cases())}; --quick has these)")
-    for case in QUICK:
-        print(f"  {case.name}")
+    print(f"cases (the usual one is {Case().name}; --full has {sum(1 for _ in all_cases())} with every entry; --quick has these pairs)")
+    for name, case in QUICK:
+        print(f"  {name:24} {case.name}")
     print(f"providers on {device}")
     for name, provider in providers().items():
         print(f"  {name:24} {absent(provider, device) or 'runs here'}")

@@ -17,7 +17,7 @@ from . import records_table
 from .choices import choices
 from .measure import records
 from .measure.bandwidth import copy_bandwidth
-from .measure.cell import Cell, said
+from .measure.cell import Cell, Functions, said
 from .measure.clock import Clock
 from .measure.memory import available_bytes
 from .measure.profile import import_seconds
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("mode", MODES, MODES, "all that an entry has")
     several("provider", (*BASELINES, *BACKENDS), (*BASELINES, *BACKENDS), "all; those that cannot run here are listed with the reason")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a dozen cases; --case, --batch ... keep those that match")
+    which.add_argument("--quick", action="store_true", help="a dozen pairs of entry and case; --entry, --case ... keep those that match")
     which.add_argument("--full", action="store_true", help="every case there is; --case, --batch ... keep those that match")
     parser.add_argument("--seconds", type=_positive, default=1.0, help="of timing that a provider gets in each cell (default: 1)")
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit code: 0 done, 1 something failed or was rejected, 2 nothing to measure, 130 Ctrl-C."""
-    jobs = grid([ENTRIES[name] for name in args.entry], cases(args), args.mode)
+    jobs = grid(pairs(args), args.mode)
     if not jobs:
         print("nothing to measure: no such case among --quick or --full, or the entries have none of the modes", file=sys.stderr)
         return 2
@@ -101,19 +101,23 @@ def main(args: argparse.Namespace) -> int:
     return 0 if sound else 1
 
 
-def grid(entries: Sequence[Entry], cases: Sequence[Case], modes: Sequence[str]) -> list[Job]:
-    """The cells, those of one case together; an entry is measured in the modes that it has."""
-    return [Job(entry, case, mode) for case in cases for entry in entries for mode in entry.modes if mode in modes]
+def grid(pairs: Sequence[tuple[Entry, Case]], modes: Sequence[str]) -> list[Job]:
+    """The cells; an entry is measured in the modes that it has."""
+    return [Job(entry, case, mode) for entry, case in pairs for mode in entry.modes if mode in modes]
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
-    """The cases that the options ask for: the usual one, changed as they say; with --quick or --full those of that list that match them."""
-    given = {field: chosen for option, (field, _) in AXES.items() if (chosen := getattr(args, option)) is not None}
-    if args.quick or args.full:
-        known = QUICK if args.quick else all_cases()
-        return [case for case in known if all(getattr(case, field) in chosen for field, chosen in given.items())]
+def pairs(args: argparse.Namespace) -> list[tuple[Entry, Case]]:
+    """What the options ask for: the usual case, changed as they say; with --quick or --full those of that list that match them."""
+    given = {field: values for option, (field, _) in AXES.items() if (values := getattr(args, option)) is not None}
+    names = args.entry or tuple(ENTRIES)
     usual = Case().as_dict()
-    return [Case(*values) for values in product(*(given.get(field.name, [usual[field.name]]) for field in fields(Case)))]
+    if args.quick:
+        known = [(ENTRIES[name], case) for name, case in QUICK if name in names]
+    else:
+        changed = product(*(given.get(field.name, [usual[field.name]]) for field in fields(Case)))
+        cases = all_cases() if args.full else [Case(*values) for values in changed]
+        known = [(ENTRIES[name], case) for case in cases for name in names]
+    return [(entry, case) for entry, case in known if all(getattr(case, field) in values for field, values in given.items())]
 
 
 def measure(
@@ -126,9 +130,12 @@ def measure(
     copy = copy_bandwidth(device, Clock(device))
     imported = import_seconds() if any(name in BACKENDS for name in names) else None
     origin = provenance(device, seed)
+    previous, functions = jobs[0], Functions(jobs[0].entry)
     for job in jobs:
+        if (job.entry, job.case) != (previous.entry, previous.case):
+            previous, functions = job, Functions(job.entry)
         before = device_state(device)
-        figures = _figures(job, names, device, seconds, seed)
+        figures = _figures(job, names, device, seconds, seed, functions)
         source = {**origin, "before": before, "after": device_state(device)}
         imports = {name: imported if name in BACKENDS else None for name in names}
         yield job, [records.kernel_record(*job, name, figures[name], copy, imports[name], source) for name in names]
@@ -144,7 +151,9 @@ def finished(found: Sequence[Mapping[str, Any]]) -> set[str]:
     return {records.key(record) for record in same if record["status"] != "failed"}
 
 
-def _figures(job: Job, names: Sequence[str], device: torch.device, seconds: float, seed: int) -> dict[str, Mapping[str, Any]]:
+def _figures(
+    job: Job, names: Sequence[str], device: torch.device, seconds: float, seed: int, functions: Functions
+) -> dict[str, Mapping[str, Any]]:
     """Provider -> what its record says."""
     known = providers()
     figures: dict[str, Mapping[str, Any]] = {}
@@ -157,7 +166,7 @@ def _figures(job: Job, names: Sequence[str], device: torch.device, seconds: floa
         if available is not None and needed > available:
             reason = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
             return {**figures, **{name: {"status": "skipped", "reason": reason} for name in here}}
-        cell = Cell(*job, device, seed)
+        cell = Cell(*job, device, seed, functions)
         for name in here:
             cell.admit(known[name])
         cell.time(seconds)

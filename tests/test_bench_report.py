@@ -147,7 +147,7 @@ def test_the_short_table_has_the_figures_and_says_device_and_threads() -> None:
     assert table is not None
     assert [row[0] for row in table.rows[:5]] == [f"forward: {name}" for name in DISTANCES]
     assert len(table.rows) == 15
-    assert column(table, "x speed of light")["backward: compile"] == "4.00"
+    assert column(table, "x speed of light")["forward + backward: compile"] == "4.00"
     assert column(table, "% of copy")["inline: eager"] == "4.00"
     assert "Some CPU (2 cores), 2 threads, torch 2.11.0, commit 0123456789, 2025-11-21. A copy moved 10.0 GB/s." in table.notes[0]
     assert one_case(cells(kernels()), "gkd_bmfi", Case("tiny"), ["forward"]) is None

@@ -44,22 +44,31 @@ def parsed(*options: str) -> argparse.Namespace:
     return parser.parse_args(options)
 
 
+def cases(*options: str) -> list[Case]:
+    """Of one entry."""
+    return [case for _, case in run.pairs(parsed("--entry", "gkd_bmfi", *options))]
+
+
 def test_cases_that_options_ask_for() -> None:
-    assert run.cases(parsed()) == [Case()]
-    assert run.cases(parsed("--case", "tiny,kitti", "--batch", "1")) == [Case("tiny", batch=1), Case("kitti", batch=1)]
-    assert run.cases(parsed("--dtype", "bf16", "--layout", "channels_last", "--boxes", "0,100", "--channels", "64")) == [
+    assert cases() == [Case()]
+    assert cases("--case", "tiny,kitti", "--batch", "1") == [Case("tiny", batch=1), Case("kitti", batch=1)]
+    assert cases("--dtype", "bf16", "--layout", "channels_last", "--boxes", "0,100", "--channels", "64") == [
         Case(channels=64, boxes=boxes, dtype="bf16", layout="channels_last") for boxes in (0, 100)
     ]
-    assert run.cases(parsed("--quick")) == list(QUICK)
-    assert run.cases(parsed("--quick", "--case", "tiny")) == [case for case in QUICK if case.pyramid == "tiny"] != []
-    assert len(run.cases(parsed("--full"))) == sum(1 for _ in all_cases())
-    assert len(run.cases(parsed("--full", "--batch", "2,8"))) == sum(1 for _ in all_cases()) * 2 // len(BATCHES)
+    assert len(cases("--full")) == sum(1 for _ in all_cases())
+    assert len(cases("--full", "--batch", "2,8")) == sum(1 for _ in all_cases()) * 2 // len(BATCHES)
+    assert run.pairs(parsed()) == [(entry, Case()) for entry in ENTRIES.values()]
+
+
+def test_quick_pairs_can_be_narrowed() -> None:
+    assert [(entry.name, case) for entry, case in run.pairs(parsed("--quick"))] == list(QUICK)
+    assert cases("--quick", "--case", "tiny") == [case for name, case in QUICK if name == "gkd_bmfi" and case.pyramid == "tiny"] != []
 
 
 def test_grid_has_the_modes_of_each_entry() -> None:
     entry = ENTRIES["feature_imitation"]
     forward_only = replace(entry, name="other", units={"forward": 1})
-    jobs = run.grid([entry, forward_only], [Case()], ["forward", "backward"])
+    jobs = run.grid([(entry, Case()), (forward_only, Case())], ["forward", "backward"])
     assert [(job.entry.name, job.mode) for job in jobs] == [
         ("feature_imitation", "forward"),
         ("feature_imitation", "backward"),
@@ -82,7 +91,7 @@ def test_choices_are_of_their_own_type_and_named_when_wrong() -> None:
         (["--quick", "--full"], "not allowed"),
         (["--device", "nonsense"], "--device nonsense"),
         (["comapre", "a", "b"], "speed-of-light"),
-        (["--quick", "--case", "frcnn", "--dtype", "fp16"], "nothing to measure"),
+        (["--quick", "--case", "frcnn", "--dtype", "fp32"], "nothing to measure"),
         (["--entry", "feature_imitation", "--mode", "inline"], "nothing to measure"),
     ],
 )

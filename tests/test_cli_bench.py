@@ -20,7 +20,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--case", "fcos", "--provider", "eager,compile"], ["compare", "HEAD~1", ".", "--threshold", "5"], ["list", "-h", "--", "x"]],
+    [
+        [],
+        ["--help"],
+        ["--case", "fcos", "--provider", "eager,compile"],
+        ["compare", "HEAD~1", ".", "--threshold", "5"],
+        ["list", "-h", "--", "x"],
+    ],
 )
 def test_all_arguments_and_the_exit_code_are_the_benchmarks_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     got = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,6 +12,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from benchmarks import run as kernels_run
+from benchmarks.report import speed_of_light
+from benchmarks.steps import run as steps_run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -93,8 +98,19 @@ def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> 
 
 
 def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path) -> None:
-    parts = [*gpu_suite.tests(tmp_path, []), *gpu_suite.measurements(tmp_path, "quick", "cuda"), *gpu_suite.tools(tmp_path, True)]
+    parts = [*gpu_suite.tests(tmp_path, "quick", []), *gpu_suite.measurements(tmp_path, "quick", "cuda"), *gpu_suite.tools(tmp_path, True)]
     assert sum(part.limit for part in parts) + 60 <= gpu_suite.SECONDS["quick"] < 540
+
+
+@pytest.mark.parametrize("form", ["quick", "full", "smoke"])
+def test_the_benchmarks_know_every_option_that_they_are_given(form: str, tmp_path: Path) -> None:
+    modules = {"step": steps_run, "speed-of-light": speed_of_light}
+    for part in gpu_suite.measurements(tmp_path, form, "cuda"):
+        assert part.command[:3] == gpu_suite.BENCH
+        words = part.command[3:]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        modules.get(words[0], kernels_run).add_arguments(parser)
+        parser.parse_args(words[1:] if words[0] in modules else words)
 
 
 def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp_path: Path) -> None:
@@ -106,6 +122,7 @@ def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp
     (hidden / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (hidden / "python3").chmod(0o755)
     environment = {**os.environ, "PATH": f"{hidden}:/usr/bin:/bin", "PYTHONPATH": str(hidden), "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis' own, which is still installed
     out = tmp_path / "out"
     command = ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), str(out), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

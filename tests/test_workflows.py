@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from benchmarks.compare import run as compare
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -69,6 +73,16 @@ def test_the_comment_is_for_runs_of_the_gpu_workflow_and_its_artefact() -> None:
     downloaded = re.findall(r"--name (\w+)", comment["jobs"]["comment"]["steps"][0]["run"])
     assert len(downloaded) == 1 and downloaded[0] in uploaded
     assert gpu["jobs"]["suite"]["runs-on"] == ["self-hosted", "gpu"]
+
+
+def test_compare_knows_the_options_that_it_is_given() -> None:
+    steps = load(ROOT / ".github" / "workflows" / "gpu.yml")["jobs"]["suite"]["steps"]
+    (command,) = [line for step in steps for line in step.get("run", "").splitlines() if "benchmarks compare" in line]
+    words = shlex.split(command)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    compare.add_arguments(parser)
+    parsed = parser.parse_args(words[4 : words.index("||")])
+    assert (parsed.base, parsed.head) == ("$BASE", "HEAD") and parsed.markdown.name == "table.md"
 
 
 def test_a_pull_request_s_code_never_runs_with_the_right_to_write() -> None:

@@ -177,8 +177,8 @@ def exit_code(results: Sequence[Result]) -> int:
 def _round(result: Result, sides: tuple[Side, Side], order: tuple[int, int], pause: float) -> None:
     """Adds one ratio to `result`, or settles it without."""
     request = {"do": "open", "cell": result.wanted.as_dict(), "verify": not result.logs}
-    for side in order:
-        sides[side].send(request)
+    for place in order:
+        sides[place].send(request)
     opened = [side.receive(OPEN_SECONDS) for side in sides]
     states = [answer["status"] for answer in opened]
     reasons = [str(answer.get("reason", "")) for answer in opened]

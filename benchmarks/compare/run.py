@@ -68,6 +68,8 @@ def _main(args: argparse.Namespace) -> int:
         _say("error: nothing to compare: no such case in --quick, or the entries have none of the modes")
         return 2
     top = repository(Path.cwd())
+    for file in filter(None, (args.markdown, args.json)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if "." not in (args.base, args.head) and changed(top):
         _say('note: the working tree has changes that neither version has; "." measures them')
     with checkouts(top, args.base, args.head) as (base, head, folder):

@@ -11,7 +11,7 @@ import torch
 from ..choices import choices
 from ..providers import BACKENDS, BASELINES
 from ..registry import ENTRIES, MODES, Case, Entry
-from ..run import AXES, cases
+from ..run import AXES, pairs
 from .rounds import Wanted
 
 #: Without options: one case, because every cell is measured in every round. A GPU is busy for long enough only with a large one.
@@ -29,7 +29,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         several(option, values, str(getattr(Case(), field)))
     several("mode", MODES, "backward, or forward where there is no gradient, and inline")
     several("provider", (*BASELINES, *BACKENDS), "kdkernels' backends, and eager once, as a control")
-    parser.add_argument("--quick", action="store_true", help="a dozen cases; --case, --batch ... keep those that match")
+    parser.add_argument("--quick", action="store_true", help="a dozen pairs of entry and case; --entry, --case ... keep those that match")
     parser.set_defaults(full=False)
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=gpu, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -40,9 +40,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 def select(args: argparse.Namespace) -> list[Wanted]:
     """The cells, those of one case together. Baselines contain nothing of kdkernels: they are controls."""
     given = args.quick or any(getattr(args, option) is not None for option in AXES)
-    chosen = cases(args) if given else [USUAL[torch.device(args.device).type]]
-    entries = [ENTRIES[name] for name in args.entry or ENTRIES]
-    jobs = [(entry.name, case, mode) for case in chosen for entry in entries for mode in _modes(entry, args.mode)]
+    usual = USUAL["cpu" if torch.device(args.device).type == "cpu" else "cuda"]
+    chosen = pairs(args) if given else [(ENTRIES[name], usual) for name in args.entry or ENTRIES]
+    jobs = [(entry.name, case, mode) for entry, case in chosen for mode in _modes(entry, args.mode)]
     wanted = [Wanted(*job, name, name in BASELINES) for job in jobs for name in args.provider or BACKENDS]
     if args.provider is None:
         wanted += [Wanted(*job, "eager", True) for job in jobs[:1]]

@@ -16,7 +16,7 @@ import torch
 
 from ..call import Call, Sample, bind
 from ..providers import Provider
-from ..registry import Case, Entry
+from ..registry import Case, Entry, Function
 from .clock import Clock, quantiles
 from .cold import cold_caches
 from .gate import Checked, fingerprint, gate, recheck
@@ -37,7 +37,7 @@ class Attempt:
     """What became of a provider.
 
     status:  "measured" (admitted), "rejected" (by the gate) or "failed" (an exception)
-    compile: seconds of the first call with cold caches; None for providers that compile nothing
+    compile: seconds of the first call with cold caches, in this mode or an earlier one; None for providers that compile nothing
     """
 
     provider: Provider
@@ -49,16 +49,37 @@ class Attempt:
     graph_ms: list[float] = field(default_factory=list)
 
 
+class Functions:
+    """The providers' functions of one entry and case, shared by its modes: what is compiled is compiled once without gradient and once
+    with, not once a mode.
+
+    New ones make torch.compile forget those before: a function is compiled only so many times before torch gives up and runs it eagerly.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        self.entry = entry
+        #: (provider, with gradient) -> seconds of the first call with cold caches.
+        self.compile: dict[tuple[str, bool], float] = {}
+        self._made: dict[str, Function] = {}
+
+    def of(self, provider: Provider) -> Function:
+        if provider.name not in self._made:
+            self._made[provider.name] = provider.function(self.entry)
+        return self._made[provider.name]
+
+
 class Cell:
     """One entry, case and mode: samples rotated past three times the last-level cache, admitted providers.
 
-    A process works on one cell at a time: a new one makes torch.compile forget what it compiled for those before, because a function is
-    compiled only so many times before torch gives up and runs it eagerly.
+    A process works on one cell at a time. `functions`: those of the entry's and case's other modes; made here when None.
     """
 
-    def __init__(self, entry: Entry, case: Case, mode: str, device: torch.device, seed: int = 0) -> None:
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
+    def __init__(
+        self, entry: Entry, case: Case, mode: str, device: torch.device, seed: int = 0, functions: Functions | None = None
+    ) -> None:
+        self.functions = Functions(entry) if functions is None else functions
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -83,13 +104,9 @@ class Cell:
         own = provider.backend is not None
         attempt = self.attempts[provider.name] = Attempt(provider, lambda _: [], "failed", Checked("", None, None))
         try:
-            attempt.call = bind(self.entry, provider.function(self.entry), self.mode, own)
+            attempt.call = bind(self.entry, self.functions.of(provider), self.mode, own)
             with _active(provider):
-                if provider.name in COMPILING:
-                    with cold_caches():
-                        attempt.compile = self._seconds(attempt.call)
-                else:
-                    self._seconds(attempt.call)
+                attempt.compile = self._first_call(provider.name, attempt.call)
         except Exception as error:
             attempt.checked = Checked(said(error), None, None)
             return attempt.checked
@@ -213,6 +230,16 @@ class Cell:
         """All providers share one rotation: nobody finds in the cache what another one has just read."""
         self._rotation = (self._rotation + 1) % len(self.samples)
         return self._rotation
+
+    def _first_call(self, name: str, call: Call) -> float | None:
+        """Compiles what has to be compiled; the seconds that it took in the first mode that needed it."""
+        key = (name, self.mode != "forward")
+        if name not in COMPILING or key in self.functions.compile:
+            self._seconds(call)
+        else:
+            with cold_caches():
+                self.functions.compile[key] = self._seconds(call)
+        return self.functions.compile.get(key)
 
     def _seconds(self, call: Call) -> float:
         if self.device.type == "cuda":

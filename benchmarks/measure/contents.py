@@ -63,6 +63,8 @@ def partly_renewed(contents: Sequence[Tensor], generator: torch.Generator) -> li
     x = made[largest]
     factors = _row_factors(x, generator)
     rows = factors.numel()
+    if not rows:
+        return made
     start, count = int(torch.randint(rows, (), generator=generator)), -(-rows // 4)
     chosen = (torch.arange(rows, device=x.device) - start) % rows < count
     x *= torch.where(chosen.view(factors.shape), factors, 1)

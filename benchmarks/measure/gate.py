@@ -136,9 +136,12 @@ class _Exam:
         state, guard = State(self.device), Poison(xs) if poison else None
         # What a call on another stream would read while this one is held up.
         write(xs, self.decoy or ready)
-        results, read = self._called(sample, xs, ready, guard)
+        try:
+            results, read = self._called(sample, xs, ready, guard)
+        finally:
+            changed = state.put_back()
         self.decoy = ready
-        if changed := state.put_back():
+        if changed:
             raise Rejected(f"changes {' and '.join(changed)}")
         _check_inputs(sample, before, ready, guard.written if guard else [])
         self._unchanged_since()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ def spoil(like: Sequence[Tensor]) -> None:
     del blocks
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all calls: the allocator keeps freed blocks apart by stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def other_stream(device: torch.device) -> Iterator[None]:
     """On CUDA a stream that is neither the default one nor anybody else's is the current one; elsewhere nothing."""
@@ -80,7 +87,7 @@ def other_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.stream(_stream(device)):
         yield
     torch.cuda.synchronize(device)
 

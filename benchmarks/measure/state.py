@@ -34,7 +34,6 @@ _ITEMS: dict[str, _Item] = {
 _CUDA_ITEMS: dict[str, _Item] = {
     "the GPU's random state": _Item(torch.cuda.get_rng_state, torch.cuda.set_rng_state),
     "the current device": _Item(torch.cuda.current_device, torch.cuda.set_device),
-    "the current stream": _Item(torch.cuda.current_stream, torch.cuda.set_stream),
     "autocast on the GPU": _Item(lambda: torch.is_autocast_enabled("cuda"), lambda on: torch.set_autocast_enabled("cuda", on)),
 }
 

@@ -40,7 +40,7 @@ def paper(
 ) -> Tensor:
     """Image by image, the base loss once for each: the per-image loop of the AID repository."""
     padded, counts = boxes
-    batch, loss = len(padded), 0
+    batch, loss = len(padded), torch.zeros((), device=padded.device)
     for n in range(batch):
         one = slice(n, n + 1)
         s, t = ([x[one] for x in levels] for levels in (student_features, teacher_features))

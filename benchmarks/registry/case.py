@@ -72,18 +72,19 @@ def all_cases() -> Iterator[Case]:
         yield Case(*values)
 
 
-#: A dozen that differ in one thing at a time from the usual ones.
-QUICK: tuple[Case, ...] = (
-    Case(),
-    Case(boxes=0),
-    Case(boxes=100),
-    Case(channels=64),
-    Case(layout="channels_last"),
-    Case(dtype="bf16"),
-    Case(dtype="fp16"),
-    Case(batch=8, dtype="bf16"),
-    Case("frcnn", dtype="bf16"),
-    Case("kitti"),
-    Case("tiny"),
-    Case("tiny", batch=1, channels=64, dtype="bf16"),
+#: Entry and case: the whole method on sizes, types and layouts that differ from the usual ones, most telling first, and its parts.
+QUICK: tuple[tuple[str, Case], ...] = (
+    ("gkd_bmfi", Case()),
+    ("gkd_bmfi", Case(batch=8, dtype="bf16")),
+    ("gkd_bmfi_separate", Case()),
+    ("feature_imitation", Case()),
+    ("attention", Case()),
+    ("weighted_channel_sum", Case()),
+    ("channel_mean", Case()),
+    ("box_mask", Case(boxes=100)),
+    ("map_distance", Case()),
+    ("gkd_bmfi", Case(dtype="bf16", layout="channels_last")),
+    ("gkd_bmfi", Case("frcnn", dtype="fp16")),
+    ("gkd_bmfi", Case("kitti", boxes=100)),
+    ("gkd_bmfi", Case("tiny", batch=1, channels=64, boxes=0)),
 )

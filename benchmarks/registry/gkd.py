@@ -51,7 +51,7 @@ def imitation(student_features: list[Tensor], teacher_features: list[Tensor], te
 
 
 def imitation_eager(student_features: list[Tensor], teacher_features: list[Tensor], teacher_gradients: list[Tensor]) -> Tensor:
-    loss = 0
+    loss = torch.zeros((), device=student_features[0].device)
     for s, t, g in zip(student_features, teacher_features, teacher_gradients, strict=True):
         w = vectorised.channel_weights(g)
         spatial = vectorised.minmax(vectorised.channel_sum(t, w).abs())
@@ -62,7 +62,7 @@ def imitation_eager(student_features: list[Tensor], teacher_features: list[Tenso
 
 def imitation_paper(student_features: list[Tensor], teacher_features: list[Tensor], teacher_gradients: list[Tensor]) -> Tensor:
     """No published code has this form: image by image, its error written as FGD's."""
-    loss = 0
+    loss = torch.zeros((), device=student_features[0].device)
     for s, t, g in zip(student_features, teacher_features, teacher_gradients, strict=True):
         for a, b, gradient in zip(s, t, g, strict=True):
             w = gradient.float().mean((1, 2)).abs()

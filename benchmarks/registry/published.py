@@ -32,7 +32,7 @@ def gkd(
     student_features: list[Tensor], teacher_features: list[Tensor], student_gradients: list[Tensor], teacher_gradients: list[Tensor]
 ) -> Tensor:
     """GKDLoss(): the scalar."""
-    loss = 0
+    loss = torch.zeros((), device=student_features[0].device)
     for s, t, a, b in zip(student_features, teacher_features, student_gradients, teacher_gradients, strict=True):
         cams_s = torch.stack([cam(*pair) for pair in zip(s, a, strict=True)])
         cams_t = torch.stack([cam(*pair) for pair in zip(t, b, strict=True)])
@@ -97,8 +97,8 @@ def bmfi(
     student_features: list[Tensor], teacher_features: list[Tensor], boxes: tuple[Tensor, Tensor], image_size: tuple[int, int]
 ) -> Tensor:
     """BMFILoss(): the scalar."""
-    loss = 0
-    masks = box_masks(boxes, image_size, [tuple(s.shape[2:]) for s in student_features])
+    loss = torch.zeros((), device=student_features[0].device)
+    masks = box_masks(boxes, image_size, [(s.shape[2], s.shape[3]) for s in student_features])
     for s, t, mask in zip(student_features, teacher_features, masks, strict=True):
         spatial_s, channel_s = attention(s)
         spatial_t, channel_t = attention(t)

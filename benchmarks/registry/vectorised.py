@@ -106,15 +106,15 @@ def gkd(
 ) -> Tensor:
     """GKDLoss(): the scalar."""
     pairs = zip(student_features, teacher_features, student_gradients, teacher_gradients, strict=True)
-    return sum((gradient_map(s, a) - gradient_map(t, b)).abs().mean() for s, t, a, b in pairs)
+    return torch.stack([(gradient_map(s, a) - gradient_map(t, b)).abs().mean() for s, t, a, b in pairs]).sum()
 
 
 def bmfi_images(
     student_features: list[Tensor], teacher_features: list[Tensor], boxes: tuple[Tensor, Tensor], image_size: tuple[int, int]
 ) -> Tensor:
     """BMFILoss(): what every image adds to it, (N,)."""
-    total = 0
-    masks = box_masks(boxes, image_size, [tuple(s.shape[2:]) for s in student_features])
+    total = student_features[0].new_zeros((), dtype=torch.float32)
+    masks = box_masks(boxes, image_size, [(s.shape[2], s.shape[3]) for s in student_features])
     for s, t, mask in zip(student_features, teacher_features, masks, strict=True):
         spatial_s, channel_s = attention(s)
         spatial_t, channel_t = attention(t)

@@ -29,6 +29,8 @@ COLUMNS = [
     "against the best other",
     "against each",
 ]
+#: Modes whose name does not say it all.
+LABELS = {"backward": "forward + backward"}
 
 
 def cell_table(cell: Cell) -> Table:
@@ -75,9 +77,11 @@ def one_case(cells: Iterable[Cell], entry: str, case: Case, modes: Sequence[str]
             if record["status"] == "measured":
                 numbers = (record["percent_of_copy"], distance(record), record["peak_mb"])
                 figures = [number(p50(record)), between(record["ms"]), *map(number, numbers)]
-            rows.append([f"{cell.mode}: {name}", *figures])
+            rows.append([f"{LABELS.get(cell.mode, cell.mode)}: {name}", *figures])
     records = [record for cell in chosen for record in cell.records.values()]
-    ideal = ", ".join(f"{cell.mode} {number(cell.units)} units = {number(cell.ideal_bytes / 1e6)} MB" for cell in chosen)
+    ideal = ", ".join(
+        f"{LABELS.get(cell.mode, cell.mode)} {number(cell.units)} units = {number(cell.ideal_bytes / 1e6)} MB" for cell in chosen
+    )
     notes = [f"Ideal traffic: {ideal}. {where(records)}", *not_measured(chosen)]
     return without_empty_columns(Table(f"{entry}, {case.name}", columns, rows, notes))
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """0 done; 1 something that was to be measured failed or was rejected, or there is nothing to show; 2 usage."""
+    """0 done; 1 something that was to be measured failed or was rejected, or there is nothing to show; 2 usage; 130 Ctrl-C."""
     status = 0
     if args.input:
         missing = [str(path) for path in args.input if not path.is_file()]
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> list[Record]:
     """What the run just measured, or found there already with --resume."""
-    jobs = run.grid([ENTRIES[name] for name in args.entry], run.cases(args), args.mode)
+    jobs = run.grid(run.pairs(args), args.mode)
     wanted = {(job.entry.name, job.case, job.mode) for job in jobs}
     path = args.output or default_path(torch.device(args.device), "kernels")
     kernels = [record for record in newest(read(path)) if record["kind"] == "kernel" and record["provider"] in args.provider]

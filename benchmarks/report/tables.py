@@ -74,6 +74,15 @@ def aid_weights() -> str:
     return to_markdown(Table("Medians over images", columns, [[name, *(f"{v:.2f}" for v in row.values())] for name, row in found.items()]))
 
 
+def step_cost() -> str:
+    """What a step with GKD-BMFI cost when the schedules of the ablation were chosen."""
+    found = json.loads((RESULTS / "inline-explicit.json").read_text())
+    ratios = {"plain": 1.0, **{mode: found["median_of_paired_ratios"][f"{mode} / plain"] for mode in ("inline", "explicit")}}
+    rows = [[name, f"{found['median_ms'][name]:.0f}", f"{ratio:.2f}"] for name, ratio in ratios.items()]
+    title = f"A training step, {found['threads']} thread, {found['rounds']} rounds, torch {found['torch']}"
+    return to_markdown(Table(title, ["", "ms", "times the plain step"], rows))
+
+
 def order(study: str) -> list[str]:
     from ..studies.gkd_ablation import runs
 
@@ -131,6 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pages": pages,
     "demo": demo,
     "ablation-long": lambda: ablation("long"),
+    "step-cost": step_cost,
     "ablation-map": lambda: ablation("map"),
     "gkd-map-diagnosis": diagnosis,
     "aid-weights": aid_weights,
