@@ -127,7 +127,7 @@ def measure(
     if not jobs:
         return
     torch.manual_seed(seed)
-    copy = copy_bandwidth(device, Clock(device))
+    clock = Clock(device)
     imported = import_seconds() if any(name in BACKENDS for name in names) else None
     origin = provenance(device, seed)
     previous, functions = jobs[0], Functions(jobs[0].entry)
@@ -135,6 +135,8 @@ def measure(
         if (job.entry, job.case) != (previous.entry, previous.case):
             previous, functions = job, Functions(job.entry)
         before = device_state(device)
+        # Anew for each cell: a machine's speed drifts.
+        copy = copy_bandwidth(device, clock)
         figures = _figures(job, names, device, seconds, seed, functions)
         source = {**origin, "before": before, "after": device_state(device)}
         imports = {name: imported if name in BACKENDS else None for name in names}
