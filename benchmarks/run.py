@@ -16,7 +16,7 @@ import torch
 from . import records_table
 from .choices import choices
 from .measure import records
-from .measure.bandwidth import copy_bandwidth
+from .measure.bandwidth import Copy
 from .measure.cell import Cell, Functions, said
 from .measure.clock import Clock
 from .measure.memory import available_bytes
@@ -127,7 +127,7 @@ def measure(
     if not jobs:
         return
     torch.manual_seed(seed)
-    clock = Clock(device)
+    copy = Copy(device, Clock(device))
     imported = import_seconds() if any(name in BACKENDS for name in names) else None
     origin = provenance(device, seed)
     previous, functions = jobs[0], Functions(jobs[0].entry)
@@ -135,12 +135,11 @@ def measure(
         if (job.entry, job.case) != (previous.entry, previous.case):
             previous, functions = job, Functions(job.entry)
         before = device_state(device)
-        # Anew for each cell: a machine's speed drifts.
-        copy = copy_bandwidth(device, clock)
-        figures = _figures(job, names, device, seconds, seed, functions)
+        figures, copies = _figures(job, names, device, seconds, seed, functions, copy)
+        rate = copy.rate(copies or copy.measure(1))
         source = {**origin, "before": before, "after": device_state(device)}
         imports = {name: imported if name in BACKENDS else None for name in names}
-        yield job, [records.kernel_record(*job, name, figures[name], copy, imports[name], source) for name in names]
+        yield job, [records.kernel_record(*job, name, figures[name], rate, imports[name], source) for name in names]
 
 
 def finished(found: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -154,9 +153,9 @@ def finished(found: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _figures(
-    job: Job, names: Sequence[str], device: torch.device, seconds: float, seed: int, functions: Functions
-) -> dict[str, Mapping[str, Any]]:
-    """Provider -> what its record says."""
+    job: Job, names: Sequence[str], device: torch.device, seconds: float, seed: int, functions: Functions, copy: Copy
+) -> tuple[dict[str, Mapping[str, Any]], list[float]]:
+    """Provider -> what its record says; milliseconds of the copies meanwhile."""
     known = providers()
     figures: dict[str, Mapping[str, Any]] = {}
     for name in names:
@@ -167,14 +166,14 @@ def _figures(
         needed, available = needed_bytes(job.entry, job.case, device), available_bytes(device)
         if available is not None and needed > available:
             reason = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-            return {**figures, **{name: {"status": "skipped", "reason": reason} for name in here}}
+            return {**figures, **{name: {"status": "skipped", "reason": reason} for name in here}}, []
         cell = Cell(*job, device, seed, functions)
         for name in here:
             cell.admit(known[name])
-        cell.time(seconds)
-        return {**figures, **{name: cell.figures(name) for name in here}}
+        cell.time(seconds, copy)
+        return {**figures, **{name: cell.figures(name) for name in here}}, cell.copy_ms
     except Exception as error:  # One cell that cannot be measured must not cost the rest of a night's run.
-        return {**figures, **{name: {"status": "failed", "reason": said(error)} for name in here}}
+        return {**figures, **{name: {"status": "failed", "reason": said(error)} for name in here}}, []
 
 
 def _key(job: Job, provider: str) -> str:

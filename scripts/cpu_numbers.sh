@@ -7,6 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 results=benchmarks/results/cpu
 
 kernels() { "$python" -m benchmarks --device cpu --output $results/kernels.jsonl --resume "$@"; }
+kernels --entry gkd_bmfi,gkd_bmfi_separate
 kernels
 kernels --entry gkd_bmfi --mode backward,inline --case kitti,tiny,frcnn
 for change in "--dtype bf16,fp16" "--layout channels_last" "--boxes 0,100" "--channels 64"; do

@@ -214,6 +214,15 @@ def test_a_slower_commit_is_slower_and_what_it_leaves_alone_is_not(
     assert clean(package)
 
 
+def test_a_version_against_itself_is_the_same(package: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a threshold that a busy machine's noise does not reach in four rounds."""
+    monkeypatch.setattr(statistics, "FIRST", 4)
+    large = ["--entry", "feature_imitation", "--case", "kitti", "--batch", "1", "--channels", "64", "--mode", "forward", "--device", "cpu"]
+    code = cli.main(["compare", "HEAD", "HEAD", *large, "--provider", "reference", "--max-rounds", "4", "--threshold", "40"])
+    printed = capsys.readouterr()
+    assert code == 0 and "1 same" in printed.out, printed
+
+
 def test_a_commit_that_breaks_the_value_is_broken(package: Path, capsys: pytest.CaptureFixture) -> None:
     """In the reference, which is that version's own oracle as well."""
     commit(package, OPERATOR, CALL, CALL.replace("return ", "return 1.01 * "))

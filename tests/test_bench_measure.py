@@ -70,7 +70,8 @@ def test_clock_on_a_gpu() -> None:
     assert profile.launches(device, lambda: x.mul_(1)) == 1
     assert memory.peak_bytes(device, lambda: x + 1) == x.nbytes
     assert profile.host_us(device, lambda: x.mul_(1), 5) < 1e3 * many
-    assert 1e11 < bandwidth.copy_bandwidth(device, clock) < 2e13
+    copy = bandwidth.Copy(device, clock)
+    assert 1e11 < copy.rate(copy.measure(5)) < 2e13
 
 
 # Memory, bandwidth, profiler
@@ -115,9 +116,9 @@ def test_a_container_limits_what_is_free(tmp_path: Path, monkeypatch: pytest.Mon
 def test_copy_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "LEAST", {"cpu": 1 << 20})
     monkeypatch.setattr(bandwidth, "cache_bytes", lambda device: 1_000_000)
-    # 4 MB read and 4 MB written in 2 ms; slow while they warm up
-    clock = SimpleNamespace(measure=lambda calls: [100.0] * bandwidth.WARM + [2.0] * (len(calls) - bandwidth.WARM))
-    assert bandwidth.copy_bandwidth(CPU, clock) == pytest.approx(4e9)
+    # 4 MB read and 4 MB written in 2 ms
+    copy = bandwidth.Copy(CPU, SimpleNamespace(measure=lambda calls: [2.0] * len(calls)))
+    assert copy.measure(3) == [2.0] * 3 and copy.rate([2.0, 100.0, 1.0]) == pytest.approx(4e9)
 
 
 def test_eager_work_is_not_taken_for_compiled() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ Bench = Callable[..., tuple[int, list[dict[str, Any]]]]
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs the command line; its exit code and all records of its file. What is measured once a run is made up."""
     monkeypatch.setattr(samples, "cache_bytes", lambda device: 100_000)
-    monkeypatch.setattr(run, "copy_bandwidth", lambda device, clock: 1e10)
+    copy = SimpleNamespace(measure=lambda calls: [1.0] * calls, rate=lambda ms: 1e10 if ms else 0.0)
+    monkeypatch.setattr(run, "Copy", lambda device, clock: copy)
     monkeypatch.setattr(run, "import_seconds", lambda: 0.25)
     path = tmp_path / "out.jsonl"
 
@@ -164,10 +166,10 @@ def test_a_cell_that_breaks_costs_no_other(bench: Bench, monkeypatch: pytest.Mon
 def test_interrupted_run_keeps_what_is_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     timed = Cell.time
 
-    def time(self: Cell, seconds: float) -> Any:
+    def time(self: Cell, *args: Any) -> Any:
         if self.mode == "backward":
             raise KeyboardInterrupt
-        return timed(self, seconds)
+        return timed(self, *args)
 
     monkeypatch.setattr(Cell, "time", time)
     code, found = bench(*FAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -9,20 +10,30 @@ import torch
 from .clock import Clock
 from .memory import available_bytes, cache_bytes
 
-#: A GPU moves less than this in no time worth timing.
+#: Bytes of the buffer at the least: a GPU moves less in no time worth timing.
 LEAST = {"cpu": 128 << 20, "cuda": 1 << 30}
-COPIES, WARM = 20, 5
+WARM = 5
 
 
-def copy_bandwidth(device: torch.device, clock: Clock) -> float:
-    """Bytes a second of `torch.Tensor.copy_`, bytes read and bytes written both counted; median of 20 copies of a buffer of four times
-    the last-level cache or more."""
-    size = max(4 * cache_bytes(device), LEAST[device.type])
-    available = available_bytes(device)
-    if available is not None:
-        size = min(size, available // 8)
-    # Random: zeros and ones move faster than data does.
-    source = torch.rand(size // 4, device=device)
-    target = torch.empty_like(source)
-    ms = clock.measure([lambda: target.copy_(source)] * (WARM + COPIES))[WARM:]
-    return 2 * source.nbytes / (1e-3 * median(ms))
+class Copy:
+    """`torch.Tensor.copy_` of a buffer of four times the last-level cache or more, to be timed in turns with whoever is held against it:
+    on a machine with neighbours the bandwidth of one second is not that of the next."""
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        size = max(4 * cache_bytes(device), LEAST[device.type])
+        available = available_bytes(device)
+        if available is not None:
+            size = min(size, available // 8)
+        # Random: zeros and ones move faster than data does.
+        self._source = torch.rand(size // 4, device=device)
+        self._target = torch.empty_like(self._source)
+        self._clock = clock
+        self.measure(WARM)
+
+    def measure(self, calls: int) -> list[float]:
+        """Milliseconds of some copies."""
+        return self._clock.measure([lambda: self._target.copy_(self._source)] * calls)
+
+    def rate(self, ms: Sequence[float]) -> float:
+        """Bytes a second at the median of these times; bytes read and bytes written both count."""
+        return 2 * self._source.nbytes / (1e-3 * median(ms))

@@ -17,6 +17,7 @@ import torch
 from ..call import Call, Sample, bind
 from ..providers import Provider
 from ..registry import Case, Entry, Function
+from .bandwidth import Copy
 from .clock import Clock, quantiles
 from .cold import cold_caches
 from .gate import Checked, fingerprint, gate, recheck
@@ -30,6 +31,8 @@ Burst = Callable[[int], list[float]]
 COMPILING = ("compile", "compile-max", "triton")
 #: A provider's time is spread over so many bursts, and nobody is judged by fewer calls than `LEAST_CALLS`.
 ROUNDS, LEAST_CALLS = 10, 5
+#: A round has so many copies.
+COPIES = 3
 
 
 @dataclass
@@ -73,7 +76,8 @@ class Functions:
 class Cell:
     """One entry, case and mode: samples rotated past three times the last-level cache, admitted providers.
 
-    A process works on one cell at a time. `functions`: those of the entry's and case's other modes; made here when None.
+    A process works on one cell at a time. `functions`: those of the entry's and case's other modes; made here when None. `copy_ms`: of
+    the copies that took their turns when the providers were timed.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Cell:
         self.clock = Clock(device)
         self.attempts: dict[str, Attempt] = {}
         self.samples = samples(entry, case, mode, device, seed)
+        self.copy_ms: list[float] = []
         self._rotation = 0
         self._order = random.Random(seed)
 
@@ -122,12 +127,13 @@ class Cell:
         with _active(attempt.provider):
             return self.clock.measure([partial(attempt.call, self._next()) for _ in range(calls)])
 
-    def time(self, seconds: float) -> dict[str, list[float]]:
-        """Milliseconds of each admitted provider: in every round a burst of each, in random order, until each had `seconds`; then the
-        same for CUDA graphs of the calls. A provider that raises, or is not what it was when it was admitted, loses its times."""
+    def time(self, seconds: float, copy: Copy | None = None) -> dict[str, list[float]]:
+        """Milliseconds of each admitted provider: in every round a burst of each, in random order, and some of `copy`, until each had
+        `seconds`; then the same for CUDA graphs of the calls. A provider that raises, or is not what it was when it was admitted, loses
+        its times."""
         before = [fingerprint(s) for s in self.samples]
         gc.collect()
-        self._rounds({name: partial(self.burst, name) for name in self.admitted}, seconds, lambda attempt: attempt.ms)
+        self._rounds({name: partial(self.burst, name) for name in self.admitted}, seconds, lambda attempt: attempt.ms, copy)
         graphs = {name: replays for name in self.admitted if (replays := self._graphs(name))}
         replay = {name: partial(self._replay, replays) for name, replays in graphs.items()}
         self._rounds(replay, seconds / 2, lambda attempt: attempt.graph_ms)
@@ -158,12 +164,20 @@ class Cell:
                 figures["host_us"] = host_us(self.device, call, LEAST_CALLS)
         return figures
 
-    def _rounds(self, bursts: Mapping[str, Burst], seconds: float, times: Callable[[Attempt], list[float]]) -> None:
+    def _rounds(
+        self,
+        bursts: Mapping[str, Burst],
+        seconds: float,
+        times: Callable[[Attempt], list[float]],
+        copy: Copy | None = None,
+    ) -> None:
         """Warms each for a quarter of `seconds`, then bursts in rounds of random order."""
         one = {name: self._warm(name, burst, seconds / 4) for name, burst in bursts.items()}
         left = dict.fromkeys(one, seconds)
         while running := [name for name in left if self.attempts[name].status == "measured" and self._unfinished(name, left, times)]:
             self._order.shuffle(running)
+            if copy is not None:
+                self.copy_ms += copy.measure(COPIES)
             for name in running:
                 calls = max(1, min(MOST_SAMPLES, int(seconds / ROUNDS / one[name])))
                 start = time.perf_counter()
