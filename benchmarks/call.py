@@ -58,13 +58,18 @@ def sample(entry: Entry, inputs: Inputs, mode: str, shapes: list[torch.Size], ge
     arriving: list[Tensor] = []
     if mode == "inline":
         given = inputs.get("student_gradients")
-        arriving = given if given is not None else [torch.randn(x.shape, generator=generator).to(x) for x in leaves]
+        arriving = given if given is not None else [_random_like(x, generator) for x in leaves]
     return Sample(ready, cotangents, arriving)
 
 
 def _argument(entry: Entry) -> str:
     assert entry.differentiable is not None, f"{entry.name} has no mode with a gradient"
     return entry.differentiable
+
+
+def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Of x's type and memory layout: a gradient arrives in its feature's layout."""
+    return torch.empty_like(x, requires_grad=False).copy_(torch.randn(x.shape, generator=generator))
 
 
 def _forward(function: Function, sample: Sample) -> list[Tensor]:

@@ -1,8 +1,9 @@
-"""Options that take a comma list of known values."""
+"""Types of options: comma lists of known values, and numbers that are refused in words."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,3 +20,22 @@ def choices(known: Sequence[Any]) -> Callable[[str], list[Any]]:
         return [by_text[word] for word in words]
 
     return parse
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, a number above 0; got {text!r}")
+    return value
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more; got {text!r}")
+    return value

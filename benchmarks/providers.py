@@ -77,7 +77,8 @@ def _chosen(backend: str) -> Iterator[None]:
 
 
 def _compiled(function: Function, mode: str | None) -> Function:
-    return torch.compile(function, mode=mode, dynamic=False)
+    # One graph or an error: half of it run eagerly would not be torch.compile.
+    return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
 
 def reference_of(entry: Entry) -> Function:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import records_table
-from .choices import choices
+from .choices import choices, seconds, whole
 from .measure import records
 from .measure.bandwidth import Copy
 from .measure.cell import Cell, Functions, said
@@ -38,6 +38,12 @@ AXES: dict[str, tuple[str, Sequence[Any]]] = {
 }
 
 
+#: Fields of a record's provenance that --resume compares.
+SETUP = ("commit", "dirty", "versions", "device", "cpu", "threads", "seed")
+#: What is measured where no option says which entries.
+LOOK = ("gkd_bmfi",)
+
+
 class Job(NamedTuple):
     """One cell to be measured."""
 
@@ -49,23 +55,25 @@ class Job(NamedTuple):
         return f"{self.entry.name}, {self.mode}, {self.case.name}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, entries: Sequence[str] | None = None) -> None:
+    """`entries`: what is measured where no option says which; None: `LOOK`, or all of --quick and --full."""
+
     def several(option: str, known: Sequence[Any], default: Sequence[Any] | None, otherwise: str) -> None:
         text = f"comma list of {', '.join(map(str, known))} (default: {otherwise})"
         parser.add_argument(f"--{option}", type=choices(known), default=default, metavar="LIST", help=text)
 
-    several("entry", tuple(ENTRIES), tuple(ENTRIES), "all")
+    several("entry", tuple(ENTRIES), entries, ", ".join(entries) if entries else f"{', '.join(LOOK)}; all with --quick and --full")
     for option, (field, values) in AXES.items():
         several(option, values, None, str(getattr(Case(), field)))
     several("mode", MODES, MODES, "all that an entry has")
     several("provider", (*BASELINES, *BACKENDS), (*BASELINES, *BACKENDS), "all; those that cannot run here are listed with the reason")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a dozen pairs of entry and case; --entry, --case ... keep those that match")
-    which.add_argument("--full", action="store_true", help="every case there is; --case, --batch ... keep those that match")
-    parser.add_argument("--seconds", type=_positive, default=1.0, help="of timing that a provider gets in each cell (default: 1)")
+    which.add_argument("--full", action="store_true", help="every case there is (days); --case, --batch ... keep those that match")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="of timing that a provider gets in each cell (default: 1)")
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=gpu, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--threads", type=whole, help="of torch on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of inputs and of the order of providers (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines are added to it (default: a latest-kernels.jsonl)")
     parser.add_argument("--resume", action="store_true", help="skip cells that FILE has from this commit, with nothing changed since")
@@ -81,8 +89,11 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     output = args.output or records.default_path(device, "kernels")
+    if problem := records.unwritable(output):
+        print(f"--output {output}: {problem}", file=sys.stderr)
+        return 2
     if args.resume:
-        done = finished(records.read(output))
+        done = finished(records.read(output), provenance(device, args.seed))
         jobs = [job for job in jobs if not all(_key(job, name) in done for name in args.provider)]
     print(f"{len(jobs)} cells, up to {len(args.provider)} providers each; records go to {output}", file=sys.stderr)
     sound, begun = True, time.perf_counter()
@@ -109,7 +120,7 @@ def grid(pairs: Sequence[tuple[Entry, Case]], modes: Sequence[str]) -> list[Job]
 def pairs(args: argparse.Namespace) -> list[tuple[Entry, Case]]:
     """What the options ask for: the usual case, changed as they say; with --quick or --full those of that list that match them."""
     given = {field: values for option, (field, _) in AXES.items() if (values := getattr(args, option)) is not None}
-    names = args.entry or tuple(ENTRIES)
+    names = args.entry or (tuple(ENTRIES) if args.quick or args.full else LOOK)
     usual = Case().as_dict()
     if args.quick:
         known = [(ENTRIES[name], case) for name, case in QUICK if name in names]
@@ -142,14 +153,26 @@ def measure(
         yield job, [records.kernel_record(*job, name, figures[name], rate, imports[name], source) for name in names]
 
 
-def finished(found: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Keys of the records that need not be measured again: of the same commit, with nothing changed then or now."""
+def finished(found: Sequence[Mapping[str, Any]], origin: Mapping[str, Any]) -> set[str]:
+    """Keys of the records that need not be measured again: of the same commit, with nothing changed then or now, and the same setup.
+
+    origin: today's `provenance`
+    """
     commit, dirty = revision()
     if commit is None or dirty:
         print("--resume: kdkernels is not at a clean commit, so everything is measured", file=sys.stderr)
         return set()
-    same = (record for record in records.newest(found) if record["provenance"]["commit"] == commit and not record["provenance"]["dirty"])
+    now = {**origin, "commit": commit, "dirty": False}
+    same = (record for record in records.newest(found) if all(record["provenance"].get(field) == now[field] for field in SETUP))
     return {records.key(record) for record in same if record["status"] != "failed"}
+
+
+def _of(cell: Cell, name: str) -> Mapping[str, Any]:
+    """The figures of one provider; an exception costs only its own."""
+    try:
+        return cell.figures(name)
+    except Exception as error:
+        return {"status": "failed", "reason": said(error)}
 
 
 def _figures(
@@ -171,7 +194,7 @@ def _figures(
         for name in here:
             cell.admit(known[name])
         cell.time(seconds, copy)
-        return {**figures, **{name: cell.figures(name) for name in here}}, cell.copy_ms
+        return {**figures, **{name: _of(cell, name) for name in here}}, cell.copy_ms
     except Exception as error:  # One cell that cannot be measured must not cost the rest of a night's run.
         return {**figures, **{name: {"status": "failed", "reason": said(error)} for name in here}}, []
 
@@ -179,13 +202,6 @@ def _figures(
 def _key(job: Job, provider: str) -> str:
     about = {"kind": "kernel", "entry": job.entry.name, "case": job.case.as_dict(), "mode": job.mode, "provider": provider}
     return records.key(about)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,8 @@ results=benchmarks/results/cpu
 
 kernels() { "$python" -m benchmarks --device cpu --output $results/kernels.jsonl --resume "$@"; }
 kernels --entry gkd_bmfi,gkd_bmfi_separate
-kernels
+kernels --entry attention,box_mask,channel_mean,feature_imitation,map_distance,weighted_channel_sum
+kernels --entry gkd,gkd_imitation,bmfi,aid_bmfi
 kernels --entry gkd_bmfi --mode backward,inline --case kitti,tiny,frcnn
 for change in "--dtype bf16,fp16" "--layout channels_last" "--boxes 0,100" "--channels 64"; do
   # shellcheck disable=SC2086 # two words

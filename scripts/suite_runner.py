@@ -21,7 +21,8 @@ GRACE = 8.0
 #: With less than this many seconds left for it, a part is not started.
 WORTHWHILE = 5.0
 LOG_BYTES = 8 << 20
-FAILURES = ("failed", "timeout", "skipped")
+FAILURES = ("failed", "timeout")
+RESULTS = ("suite.json", "junit-gpu.xml", "junit-cpu.xml", "kernels.jsonl", "steps.jsonl", "speed-of-light.md", "ncu.csv")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Part:
     required:    the suite fails when it fails
     absent:      why it cannot run here; "" when it can
     output:      file of OUT that gets its stdout; None: the log
-    result:      file of OUT that counts when the time was up: the part is "cut short" then, which is no failure
+    result:      file of OUT that counts when the time was up: if the part has added to it, it is "cut short", which is no failure
     found:       the only exit code that is a failure: any other but 0, or no end in time, means that the tool cannot work here;
                  None: all but 0 are failures
     environment: variables in addition to the suite's
@@ -59,6 +60,9 @@ class Suite:
         self.out = out
         self.start = time.monotonic()
         self.end = self.start + seconds
+        # What an earlier suite left must not count as this one's.
+        for old in RESULTS:
+            (out / old).unlink(missing_ok=True)
         self.log = (out / "suite.log").open("wb")
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.report: dict[str, Any] = {"schema": 1, "form": form, "started": started, "passed": False, "parts": []}
@@ -112,6 +116,7 @@ class Suite:
         """The exit code."""
         bad = [part["name"] for part in self.report["parts"] if part["required"] and part["status"] in FAILURES]
         self.report["passed"] = not bad
+        self.report["complete"] = not any(part["status"] in ("cut short", "skipped") for part in self.report["parts"])
         self._write()
         self.say(f"== suite: {'passed' if not bad else 'failed: ' + ', '.join(bad)}")
         self.log.close()
@@ -120,20 +125,24 @@ class Suite:
             log.write_bytes(b"(the beginning is left out)\n" + log.read_bytes()[-LOG_BYTES:])
         return 1 if bad else 0
 
+    def _size(self, result: str | None) -> int:
+        path = self.out / result if result else None
+        return path.stat().st_size if path is not None and path.exists() else 0
+
     def _write(self) -> None:
         self.report["seconds"] = round(time.monotonic() - self.start, 1)
         (self.out / "suite.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
     def _execute(self, part: Part, limit: float) -> tuple[str, str]:
         stdout = (self.out / part.output).open("wb") if part.output else self.log
+        before = self._size(part.result)
         try:
             code = _run(part.command, limit, stdout=stdout, stderr=self.log, env={**self.environment, **part.environment}, cwd=ROOT)
         finally:
             if stdout is not self.log:
                 stdout.close()
         if code is None:
-            result = self.out / part.result if part.result else None
-            if result is not None and result.exists() and result.stat().st_size:
+            if self._size(part.result) > before:
                 return "cut short", f"after {limit:.0f} s; {part.result} has what was measured until then"
             return "timeout" if part.found is None else "unable", f"after {limit:.0f} s"
         if code == 0:

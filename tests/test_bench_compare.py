@@ -218,9 +218,11 @@ def test_a_version_against_itself_is_the_same(package: Path, capsys: pytest.Capt
     """With a threshold that a busy machine's noise does not reach in four rounds."""
     monkeypatch.setattr(statistics, "FIRST", 4)
     large = ["--entry", "feature_imitation", "--case", "kitti", "--batch", "1", "--channels", "64", "--mode", "forward", "--device", "cpu"]
-    code = cli.main(["compare", "HEAD", "HEAD", *large, "--provider", "reference", "--max-rounds", "4", "--threshold", "40"])
+    options = ["--provider", "reference", "--max-rounds", "4", "--threshold", "40", "--json", "out.json"]
+    code = cli.main(["compare", "HEAD", "HEAD", *large, *options])
     printed = capsys.readouterr()
     assert code == 0 and "1 same" in printed.out, printed
+    assert 0.85 < json.loads((package / "out.json").read_text())["cells"][0]["ratio"] < 1.18
 
 
 def test_a_commit_that_breaks_the_value_is_broken(package: Path, capsys: pytest.CaptureFixture) -> None:

@@ -54,7 +54,7 @@ def test_clock_keeps_the_garbage_collector_out() -> None:
 
 def test_there_are_no_gpu_figures_of_a_cpu() -> None:
     assert Clock(CPU).graph(list) is None
-    assert profile.launches(CPU, list) is None and profile.host_us(CPU, list, 3) is None
+    assert profile.launches(CPU, list) is None and profile.host_times(CPU, list, 3) == (None, None)
 
 
 @pytest.mark.gpu
@@ -64,12 +64,16 @@ def test_clock_on_a_gpu() -> None:
     clock, x = Clock(device), torch.randn(1 << 26, device=device)
     few, many = (clock.measure([lambda n=n: [x.mul_(1) for _ in range(n)]] * 5)[2] for n in (1, 10))
     assert 5 < many / few < 15
-    replay = clock.graph(lambda: x.mul_(1))
-    assert replay is not None and 0.5 < clock.measure([replay] * 5)[2] / few < 2
+    graph = clock.graph(lambda: x + 1)
+    assert graph is not None and 0.5 < clock.measure([graph[0]] * 5)[2] / few < 2
+    x.fill_(3)
+    graph[0]()
+    assert graph[1].unique().tolist() == [4]
     assert clock.graph(lambda: x.sum().item()) is None
     assert profile.launches(device, lambda: x.mul_(1)) == 1
     assert memory.peak_bytes(device, lambda: x + 1) == x.nbytes
-    assert profile.host_us(device, lambda: x.mul_(1), 5) < 1e3 * many
+    host_us, wall_ms = profile.host_times(device, lambda: x.mul_(1), 5)
+    assert host_us is not None and wall_ms is not None and host_us < 1e3 * many and few < 2 * wall_ms
     copy = bandwidth.Copy(device, clock)
     assert 1e11 < copy.rate(copy.measure(5)) < 2e13
 
@@ -147,7 +151,7 @@ def test_cold_caches_are_fresh_each_time(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, module.__name__, module)
     folders = []
     for _ in range(2):
-        with cold_caches():
+        with cold_caches(CPU):
             folders.append(cache_dir())
             assert torch.compiler.config.force_disable_caches and not kernel.device_caches
             Path(folders[-1], "compiled").touch()

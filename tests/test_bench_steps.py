@@ -249,6 +249,47 @@ def test_a_broken_or_wrong_provider_gets_no_time_and_stops_nobody(tmp_path: Path
     assert reference["status"] == "measured"
 
 
+def test_ctrl_c_keeps_what_was_timed_and_says_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(run.PAIRS, "fcos-small", FCOS)
+
+    def statuses(stop: str, after: int) -> list[str]:
+        """Of all variants when the `after`-th call of that function is interrupted."""
+        calls, function = 0, getattr(session, stop)
+
+        def interrupted(*args: Any, **given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == after:
+                raise KeyboardInterrupt
+            return function(*args, **given)
+
+        path = tmp_path / f"{stop}{after}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(session, stop, interrupted)
+            words = ["--provider", "eager,reference", "--mode", "inline", "--rounds", "1", "--batch", "1", "--output", str(path)]
+            assert run.main(arguments(*words)) == 130
+        return [json.loads(line)["status"] for line in path.read_text().splitlines()]
+
+    assert statuses("refusal", 2) == ["skipped"] * 5, "while the second loss was admitted"
+    assert statuses("peak_bytes", 3) == ["measured"] * 5, "after the timing"
+
+
+def test_a_step_that_fails_once_all_are_there_costs_only_its_own_shares() -> None:
+    made = session.Session(FCOS, 1, CPU, False, 0, lambda line: None)
+    plan = [Variant(None), Variant(frozenset()), Variant(GRADIENTS)]
+    made.admit(plan)
+
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    made.steps[plan[1]] = fails  # type: ignore[assignment]
+    made.measure(1)
+    student, forward, gradient = map(made.result, plan)
+    assert forward["status"] == "failed" and "out of memory" in forward["reason"] and forward["ms"] is None
+    assert student["status"] == gradient["status"] == "measured" and gradient["ratio_to_student"] > 0
+    assert gradient["shares"]["teacher_forward_ms"] is None
+
+
 def test_steps_that_end_in_nan_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     made = session.Session(FCOS, 1, CPU, False, 0, lambda line: None)
     variant = Variant(None)
@@ -266,4 +307,4 @@ def test_wrong_names_are_refused_with_the_choices(words: list[str], capsys: pyte
         arguments(*words)
     assert stop.value.code == 2
     shown = capsys.readouterr().err
-    assert "choose from" in shown or "at least 1" in shown
+    assert "choose from" in shown or "1 or more" in shown

@@ -78,11 +78,20 @@ except KeyboardInterrupt:
     assert not running(child_id)
 
 
+def test_results_of_an_earlier_suite_or_part_are_not_taken_for_those_of_this_one(suite: Suite, tmp_path: Path) -> None:
+    (tmp_path / "kernels.jsonl").write_text("of an earlier part\n")
+    suite.run(Part("slow", python("import time; time.sleep(60)"), 1, result="kernels.jsonl"))
+    assert statuses(suite) == {"slow": "timeout"}
+    Suite(tmp_path, tmp_path / "scratch", "quick", 60).log.close()
+    assert not (tmp_path / "kernels.jsonl").exists()
+
+
 def test_nothing_measured_in_time_is_a_failure_and_no_time_left_as_well(suite: Suite) -> None:
     suite.run(Part("slow", python("import time; time.sleep(60)"), 1, result="kernels.jsonl"))
     suite.end = 0.0
     suite.run(Part("late", python(""), 20))
     assert statuses(suite) == {"slow": "timeout", "late": "skipped"} and suite.finish() == 1
+    assert not suite.report["complete"]
 
 
 def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> None:

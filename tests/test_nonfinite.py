@@ -52,6 +52,27 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_flags_stay_where_they_are():
+    """A captured CUDA graph writes to the memory that it found at the capture, at every replay."""
+    loss = GKDLoss()
+    addresses = set()
+    for argument in ("student_features", "teacher_features"):
+        given = poisoned(argument, 1, 2)
+        loss(*(given[key] for key in loss.argument_names))
+        addresses |= {flags.data_ptr() for flags in loss._flags.values()}
+        assert loss.check() == [NonFinite("GKDLoss", "map", 1, 2)] and loss.check() == []
+    assert len(addresses) == 1
+
+
+def test_flags_of_inference_mode_are_kept_apart():
+    given, loss = poisoned("student_features", 0, 1), GKDLoss()
+    for _ in range(2):
+        with torch.inference_mode():
+            loss(*(given[key] for key in loss.argument_names))
+        loss(*(arguments()[key] for key in loss.argument_names))
+    assert loss.check() == [NonFinite("GKDLoss", "map", 0, 1)] and loss.check() == []
+
+
 def test_finite_values_leave_no_flag():
     loss = GKDLoss()
     loss(*(arguments()[key] for key in loss.argument_names))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..choices import choices
+from ..choices import choices, whole
 from ..providers import BACKENDS, BASELINES
 from ..registry import ENTRIES, MODES, Case, Entry
 from ..run import AXES, pairs
@@ -33,15 +33,16 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(full=False)
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=gpu, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--threads", type=whole, help="of torch on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of inputs (default: 0)")
 
 
 def select(args: argparse.Namespace) -> list[Wanted]:
     """The cells, those of one case together. Baselines contain nothing of kdkernels: they are controls."""
     given = args.quick or any(getattr(args, option) is not None for option in AXES)
+    args.entry = args.entry or list(ENTRIES)
     usual = USUAL["cpu" if torch.device(args.device).type == "cpu" else "cuda"]
-    chosen = pairs(args) if given else [(ENTRIES[name], usual) for name in args.entry or ENTRIES]
+    chosen = pairs(args) if given else [(ENTRIES[name], usual) for name in args.entry]
     jobs = [(entry.name, case, mode) for entry, case in chosen for mode in _modes(entry, args.mode)]
     wanted = [Wanted(*job, name, name in BASELINES) for job in jobs for name in args.provider or BACKENDS]
     if args.provider is None:

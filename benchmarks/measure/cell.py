@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..call import Call, Sample, bind
 from ..providers import Provider
@@ -22,7 +23,7 @@ from .clock import Clock, quantiles
 from .cold import cold_caches
 from .gate import Checked, fingerprint, gate, recheck
 from .memory import peak_bytes
-from .profile import host_us, launches, runs_compiled
+from .profile import host_times, launches, runs_compiled
 from .samples import MOST_SAMPLES, nbytes, samples
 
 #: Milliseconds of so many calls.
@@ -33,6 +34,8 @@ COMPILING = ("compile", "compile-max", "triton")
 ROUNDS, LEAST_CALLS = 10, 5
 #: A round has so many copies.
 COPIES = 3
+#: A capture takes tens of milliseconds.
+MOST_GRAPHS = 32
 
 
 @dataclass
@@ -160,8 +163,9 @@ class Cell:
             with _active(attempt.provider):
                 call = partial(attempt.call, self._next())
                 figures["peak_bytes"] = peak_bytes(self.device, call)
+                figures["host_us"], figures["wall_ms"] = host_times(self.device, call, LEAST_CALLS)
+                # Last: a profiler that was attached once may slow what is enqueued after it.
                 figures["launches"] = launches(self.device, call)
-                figures["host_us"] = host_us(self.device, call, LEAST_CALLS)
         return figures
 
     def _rounds(
@@ -208,9 +212,12 @@ class Cell:
     def _recheck(self, attempt: Attempt, touched: bool) -> None:
         reason = "the inputs changed while the providers of this cell were timed; who did it is not known" if touched else ""
         with _active(attempt.provider):
-            if not touched:
-                after = recheck(self.entry, self.mode, self.case.dtype, attempt.call, self.samples, self.device)
-                reason = after.reason and f"after it was timed: {after.reason}"
+            try:
+                if not touched:
+                    after = recheck(self.entry, self.mode, self.case.dtype, attempt.call, self.samples, self.device)
+                    reason = after.reason and f"after it was timed: {after.reason}"
+            except Exception as error:  # such as too little memory for the oracle: what others have measured stays
+                reason = f"it could not be checked after it was timed: {said(error)}"
             if reason:
                 attempt.status, attempt.checked = "rejected", attempt.checked._replace(reason=reason)
             self._check_compiled(attempt)
@@ -223,19 +230,27 @@ class Cell:
             attempt.status, attempt.checked = "rejected", attempt.checked._replace(reason="torch.compile runs all of it eagerly")
 
     def _graphs(self, name: str) -> list[Callable[[], None]]:
-        """A graph of the provider's call for every sample; [] where it cannot be captured."""
-        graphs: list[Callable[[], None]] = []
+        """A graph of the provider's call for every sample, `MOST_GRAPHS` at the most; [] where it cannot be captured, or where a replay
+        does not compute what the call does: what the host works out stays as it was at the capture."""
+        replays: list[Callable[[], None]] = []
         attempt = self.attempts[name]
         with _active(attempt.provider):
-            for s in self.samples:
+            for s in self.samples[:MOST_GRAPHS]:
                 graph = self.clock.graph(partial(attempt.call, s))
-                if graph is None:
+                if graph is None or (not replays and not self._replays_right(s, *graph)):
                     return []
-                graphs.append(graph)
-        return graphs
+                replays.append(graph[0])
+        return replays
+
+    def _replays_right(self, s: Sample, replay: Callable[[], None], results: Sequence[Tensor]) -> bool:
+        def call(_: Sample) -> list[Tensor]:
+            replay()
+            return [x.clone() for x in results]
+
+        return recheck(self.entry, self.mode, self.case.dtype, call, [s], self.device).reason == ""
 
     def _replay(self, replays: Sequence[Callable[[], None]], calls: int) -> list[float]:
-        return self.clock.measure([replays[self._turn()] for _ in range(calls)])
+        return self.clock.measure([replays[self._turn() % len(replays)] for _ in range(calls)])
 
     def _next(self) -> Sample:
         return self.samples[self._turn()]
@@ -251,7 +266,7 @@ class Cell:
         if name not in COMPILING or key in self.functions.compile:
             self._seconds(call)
         else:
-            with cold_caches():
+            with cold_caches(self.device):
                 self.functions.compile[key] = self._seconds(call)
         return self.functions.compile.get(key)
 

@@ -36,8 +36,9 @@ class Clock:
             if collecting:
                 gc.enable()
 
-    def graph(self, call: Callable[[], Any]) -> Callable[[], None] | None:
-        """Replays the work of `call` as a CUDA graph, with the tensors it has now; None where that cannot be had, and on a CPU."""
+    def graph(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
+        """What replays the work of `call` as a CUDA graph, with the tensors it has now, and what the call returned, whose memory every
+        replay fills anew. None where that cannot be had, and on a CPU."""
         if self.device.type != "cuda":
             return None
         try:
@@ -46,33 +47,42 @@ class Clock:
                 graph = torch.cuda.CUDAGraph()
                 # One pool for all: a graph needs its intermediate results during its own replay only.
                 with torch.cuda.graph(graph, pool=self._pool):
-                    call()
+                    results = call()
         except RuntimeError:  # the host is waited for, or the memory does not suffice
             torch.cuda.synchronize(self.device)
             self._pool = torch.cuda.graph_pool_handle()
             return None
-        return graph.replay
+        return graph.replay, results
 
     def _measure_cuda(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         """An event pair a call, each behind a sleep that lasts until the host has enqueued the call: else a pair that starts on an idle
-        stream would time the host. (A call of more than about a thousand launches fills the queue and cannot be hidden whole.)"""
+        stream would time the host. A call whose sleep was over before that is taken again behind a longer one, up to `LONGEST_SLEEP`.
+        (What fills the queue, a thousand launches or so, or waits for the device itself cannot be hidden.)"""
         pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         sleep = FIRST_SLEEP
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             for call in calls:
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(int(sleep * self._cycles_per_ms))
-                begun = time.perf_counter()
-                start.record()
-                call()
-                stop.record()
-                if not pairs:
+                start, stop, late, host = self._enqueue(call, sleep)
+                while late and sleep < LONGEST_SLEEP:
+                    sleep = min(4 * sleep, LONGEST_SLEEP)
+                    start, stop, late, host = self._enqueue(call, sleep)
+                if not pairs and not late:
                     # Only from the first: later ones may find the queue full, and their time would be the sleep's own.
-                    sleep = min(2e3 * (time.perf_counter() - begun) + 0.05, LONGEST_SLEEP)
+                    sleep = min(2e3 * host + 0.05, LONGEST_SLEEP)
                 pairs.append((start, stop))
             torch.cuda.synchronize()
         return [start.elapsed_time(stop) for start, stop in pairs]
+
+    def _enqueue(self, call: Callable[[], Any], sleep: float) -> tuple[torch.cuda.Event, torch.cuda.Event, bool, float]:
+        """Events around a call behind a sleep of so many ms, whether the sleep was over too early, and seconds that the host took."""
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(sleep * self._cycles_per_ms))
+        begun = time.perf_counter()
+        start.record()
+        call()
+        stop.record()
+        return start, stop, start.query(), time.perf_counter() - begun
 
 
 def quantiles(ms: Sequence[float]) -> dict[str, float]:

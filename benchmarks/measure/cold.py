@@ -13,12 +13,12 @@ import torch
 
 
 @contextmanager
-def cold_caches() -> Iterator[None]:
+def cold_caches(device: torch.device) -> Iterator[None]:
     """Within it torch.compile and Triton find nothing that was compiled before: no file, and nothing of kdkernels' kernels in memory.
 
     The compiler itself is loaded before (seconds, once a process), so that a time taken within does not depend on what came first.
     """
-    _load_compiler()
+    _load_compiler(device)
     from torch._inductor import config as inductor
     from torch._inductor.utils import fresh_cache
 
@@ -34,8 +34,8 @@ def cold_caches() -> Iterator[None]:
 
 
 @cache
-def _load_compiler() -> None:
-    torch.compile(lambda x: x + 1)(torch.zeros(8))
+def _load_compiler(device: torch.device) -> None:
+    torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
 
 
 def _forget_kernels() -> None:

@@ -39,7 +39,7 @@ __all__ = ["Checked", "fingerprint", "gate", "oracle", "recheck"]
 Contents = list[Tensor]
 Change = Callable[[Contents, torch.Generator], Contents]
 #: Of many tiny samples so many are looked at after timing.
-RECHECKED = 16
+RECHECKED = 4
 #: Answers of the reference that are kept: those of one cell's gate, which all its providers share.
 _KEPT_ANSWERS = 5
 _answers: list[tuple[Entry, str, tuple[int, ...], list[Tensor]]] = []

@@ -20,8 +20,8 @@ _EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-#: Cycles that a GPU is kept busy for: about a tenth of a second, longer than the host needs to enqueue a call.
-HOLD_CYCLES = 200_000_000
+#: Cycles that a GPU is kept busy for: 30 ms or more, longer than the host needs to enqueue a call.
+HOLD_CYCLES = 60_000_000
 
 
 class Poison(TorchDispatchMode):

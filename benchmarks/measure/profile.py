@@ -32,18 +32,22 @@ def launches(device: torch.device, call: Callable[[], Any]) -> int | None:
     return count or None
 
 
-def host_us(device: torch.device, call: Callable[[], Any], repeats: int) -> float | None:
-    """Median microseconds until the host has enqueued a call on an idle device. None on a CPU, where that is the call's whole time."""
+def host_times(device: torch.device, call: Callable[[], Any], repeats: int) -> tuple[float | None, float | None]:
+    """Medians on an idle device: microseconds until the host has enqueued a call, milliseconds until the device has done it.
+
+    The second is what a call costs whoever waits for it, launches included. (None, None) on a CPU, where both are the call's time.
+    """
     if device.type != "cuda":
-        return None
-    times = []
+        return None, None
+    enqueued, done = [], []
     for _ in range(repeats):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
-        times.append(1e6 * (time.perf_counter() - start))
-    torch.cuda.synchronize(device)
-    return median(times)
+        enqueued.append(1e6 * (time.perf_counter() - start))
+        torch.cuda.synchronize(device)
+        done.append(1e3 * (time.perf_counter() - start))
+    return median(enqueued), median(done)
 
 
 def runs_compiled(call: Callable[[], Any]) -> bool:

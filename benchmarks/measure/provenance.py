@@ -60,7 +60,8 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
         "driver": _smi(device, ["driver_version"])[0] if on_gpu else None,
         "platform": platform.platform(),
         "seed": seed,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # A path of this machine is nobody else's business.
+        "command": [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -74,8 +75,8 @@ def device_state(device: torch.device) -> dict[str, Any]:
     gpu: Sequence[str | None] = [None] * len(_GPU_STATE)
     throttle = None
     if device.type == "cuda":
-        gpu = _smi(device, list(_GPU_STATE))
-        throttle = _smi(device, ["clocks_event_reasons.active"])[0] or _smi(device, ["clocks_throttle_reasons.active"])[0]
+        # One process for all: it takes as long as a small cell. (Before driver 535 the last field had another name.)
+        *gpu, throttle = _smi(device, [*_GPU_STATE, "clocks_event_reasons.active"])
     state: dict[str, Any] = {name: _number(value) for name, value in zip(_GPU_STATE.values(), gpu, strict=True)}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {**state, "throttle": throttle, "cpu_mhz": _cpu_mhz(), "load": load}

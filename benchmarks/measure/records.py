@@ -61,12 +61,23 @@ def kernel_record(
         "peak_mb": None if peak is None else peak / 1e6,
         "launches": figures.get("launches"),
         "host_us": figures.get("host_us"),
+        "wall_ms": figures.get("wall_ms"),
         "compile_s": figures.get("compile_s"),
         "import_s": import_s,
         "error": figures.get("error", {"value": None, "gradient": None}),
         "rotated_mb": figures["rotated_bytes"] / 1e6 if "rotated_bytes" in figures else None,
         "provenance": dict(provenance),
     }
+
+
+def unwritable(path: Path) -> str:
+    """Why no record can be added to the file, "" when one can: to be asked before anything is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

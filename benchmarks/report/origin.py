@@ -70,7 +70,7 @@ def _states(records: Sequence[Record]) -> str:
     flags = {moment["throttle"] for moment in moments if moment.get("throttle")}
     if flags:
         raised = sorted(flags - QUIET)
-        found.append(f"throttle flags {', '.join(raised)}" if raised else "never throttled")
+        found.append(f"throttle flags {', '.join(raised)}" if raised else "no throttle flag at these moments")
     return f"Before and after the cells: {', '.join(found)}" if found else "The machine's state could not be read"
 
 

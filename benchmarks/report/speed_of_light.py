@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=Path, nargs="+", metavar="FILE", help="results of `kdkernels bench`; without it, the options below measure"
     )
-    run.add_arguments(parser)
-    parser.set_defaults(entry=[name for name, entry in ENTRIES.items() if entry.kind == "primitive" or name in METHODS])
+    run.add_arguments(parser, [name for name, entry in ENTRIES.items() if entry.kind == "primitive" or name in METHODS])
 
 
 def main(args: argparse.Namespace) -> int:

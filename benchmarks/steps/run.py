@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..choices import choices
+from ..choices import choices, whole
 from ..measure import records
 from ..measure.provenance import device_state, provenance
 from ..providers import BACKENDS, BASELINES, absent, providers
@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("loss", [entry.name for entry in ENTRIES.values() if entry.losses is not None], ["gkd_bmfi"], "gkd_bmfi")
     several("provider", (*BASELINES, *BACKENDS), None, "eager, compile and the backends of kdkernels that run here")
     several("mode", MODES, MODES, "both")
-    parser.add_argument("--batch", type=_positive, default=2, help="images a step (default: 2)")
-    parser.add_argument("--rounds", type=_positive, default=20, help="steps of each variant that are timed (default: 20)")
+    parser.add_argument("--threads", type=whole, help="of torch on a CPU")
+    parser.add_argument("--batch", type=whole, default=2, help="images a step (default: 2)")
+    parser.add_argument("--rounds", type=whole, default=20, help="steps of each variant that are timed (default: 20)")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: autocast around the forward passes")
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=gpu, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -42,29 +43,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code: 0 all that can run here was measured, 1 something failed or was rejected."""
+    """Exit code: 0 all that can run here was measured, 1 something failed or was rejected, 2 usage, 130 Ctrl-C."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     output = args.output or records.default_path(device, "steps")
+    if problem := records.unwritable(output):
+        _tell(f"--output {output}: {problem}")
+        return 2
     names = args.provider or ["eager", "compile", *(name for name in BACKENDS if not absent(providers()[name], device))]
     plan = variants([ENTRIES[name] for name in args.loss], names, args.mode)
     sound = True
     for name in args.pair or ["fcos-small" if device.type == "cpu" else "fcos-r101-r50"]:
         _tell(f"{name}: {len(plan)} steps, {args.rounds} rounds; records go to {output}")
-        found = measure_pair(name, plan, device, args)
+        found, stopped = measure_pair(name, plan, device, args)
         for record in found:
             records.append(output, record)
         sound = sound and all(record["status"] not in ("failed", "rejected") for record in found)
         print(table(found), flush=True)
+        if stopped:
+            _tell(f"stopped; what was timed is in {output}")
+            return 130
     return 0 if sound else 1
 
 
-def measure_pair(name: str, plan: Sequence[Variant], device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record a variant, in the plan's order."""
+def measure_pair(name: str, plan: Sequence[Variant], device: torch.device, args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """One record a variant, in the plan's order; whether Ctrl-C ended it early."""
     pair = PAIRS[name]
     origin = {**provenance(device, SEED), "before": device_state(device)}
     session = Session(pair, args.batch, device, args.amp == "bf16", SEED, _tell)
-    session.admit(plan)
-    session.measure(args.rounds)
+    try:
+        session.admit(plan)
+        session.measure(args.rounds)
+    except KeyboardInterrupt:
+        stopped = True
+    else:
+        stopped = session.rounds < args.rounds
     origin["after"] = device_state(device)
     common = {
         "schema": records.SCHEMA,
@@ -75,14 +89,7 @@ def measure_pair(name: str, plan: Sequence[Variant], device: torch.device, args:
         "dtype": "fp32",
         "amp": args.amp,
     }
-    return [{**common, **session.result(variant), "provenance": origin} for variant in plan]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    return [{**common, **session.result(variant), "provenance": origin} for variant in plan], stopped
 
 
 def _tell(message: str) -> None:

@@ -30,12 +30,14 @@ WARMUP_ROUNDS = 2
 class Outcome:
     """What became of a variant.
 
-    first_s: seconds of the first step, with cold caches of compiled code;   error: of distillation's gradient, None for a probe
+    first_s: seconds of the first step, with cold caches of compiled code;   cold: whether nothing was compiled for it before
+    error:   of distillation's gradient, None for a probe
     """
 
-    status: str = "measured"
-    reason: str = ""
+    status: str = "skipped"
+    reason: str = "stopped before it was timed"
     first_s: float = 0.0
+    cold: bool = False
     error: float | None = None
     peak: int | None = None
     times: list[float] = field(default_factory=list)
@@ -56,14 +58,16 @@ class Session:
         self.bench = Bench(pair, batch, device, amp, seed)
         self.steps: dict[Variant, Step] = {}
         self.outcomes: dict[Variant, Outcome] = {}
+        self.rounds = 0
         self._truths: dict[str, Truth] = {}
+        self._compiled: set[tuple[str | None, str | None]] = set()
 
     def admit(self, plan: Sequence[Variant]) -> None:
         """Builds and checks the steps of `plan`; those that fail, are wrong or cannot run here get no time."""
-        for variant in plan:
-            outcome = self.outcomes[variant] = Outcome()
+        self.outcomes = {variant: Outcome() for variant in plan}
+        for variant, outcome in self.outcomes.items():
             try:
-                self._admit(variant, outcome)
+                outcome.status, outcome.reason = self._admit(variant, outcome)
             except Exception as problem:
                 # An instrument that stops at the first broken provider measures none of the others.
                 outcome.status, outcome.reason = "failed", said(problem)
@@ -74,29 +78,34 @@ class Session:
                 self.tell(f"{variant.label}: {outcome.status}, {outcome.reason}")
         self._truths.clear()
 
-    def _admit(self, variant: Variant, outcome: Outcome) -> None:
+    def _admit(self, variant: Variant, outcome: Outcome) -> tuple[str, str]:
+        """Status and reason."""
         entry = provider = None
         if variant.loss is not None:
             entry, provider = ENTRIES[variant.loss], providers()[str(variant.provider)]
             if reason := absent(provider, self.device):
-                outcome.status, outcome.reason = "absent", reason
-                return
+                return "absent", reason
             if variant.loss not in self._truths:
                 self._truths[variant.loss] = truth(self.bench, variant, entry)
         step = self.steps[variant] = self.bench.step(variant, entry, provider)
-        with cold_caches() if variant.provider in COMPILING else nullcontext():
+        reason = ""
+        with cold_caches(self.device) if variant.provider in COMPILING else nullcontext():
             start = time.perf_counter()
             if variant.loss is None:
                 step().item()
             else:
                 outcome.error = error(step, self._truths[variant.loss])
-                if reason := refusal(outcome.error, self.amp):
-                    outcome.status, outcome.reason = "rejected", reason
+                reason = refusal(outcome.error, self.amp)
             outcome.first_s = time.perf_counter() - start
+        # What one mode has compiled serves the other: only the first one's time is that of a cold compiler.
+        outcome.cold = (variant.loss, variant.provider) not in self._compiled
+        self._compiled.add((variant.loss, variant.provider))
+        return ("rejected", reason) if reason else ("measured", "")
 
     def measure(self, rounds: int) -> None:
-        """Times what was admitted, then its peak memory."""
-        in_turns(self.steps, self.device, WARMUP_ROUNDS, self.seed)
+        """Times what was admitted, then its peak memory. Ctrl-C is raised before the first round is done; later the rest is left out."""
+        for variant in list(self.steps):
+            self._warm(variant)
         start = time.perf_counter()
 
         def tell(done: int) -> None:
@@ -105,8 +114,18 @@ class Session:
 
         for variant, times in in_turns(self.steps, self.device, rounds, self.seed + 1, tell).items():
             self.outcomes[variant].times = times
+            self.rounds = len(times)
         for variant, step in self.steps.items():
             self._look_back(step, self.outcomes[variant])
+
+    def _warm(self, variant: Variant) -> None:
+        try:
+            for _ in range(WARMUP_ROUNDS):
+                self.steps[variant]()
+        except Exception as problem:  # such as too little memory, once the others are there
+            outcome = self.outcomes[variant]
+            outcome.status, outcome.reason = "failed", said(problem)
+            del self.steps[variant]
 
     def _look_back(self, step: Step, outcome: Outcome) -> None:
         """Peak memory, and whether the losses are still numbers: NaN can take another time than work."""
@@ -121,6 +140,8 @@ class Session:
         times = {v: o.times for v, o in self.outcomes.items() if o.times}
         ms = quantiles(outcome.times) if outcome.times else None
         parts = shares(variant, times) if ms else dict.fromkeys(shares(Variant(None), {}))
+        if outcome.status == "measured" and ms is None:
+            outcome.status, outcome.reason = Outcome.status, Outcome.reason
         return {
             "variant": variant.name,
             "loss": variant.loss,
@@ -131,7 +152,7 @@ class Session:
             "ms": ms,
             "rounds": len(outcome.times),
             "peak_mb": None if outcome.peak is None or not ms else outcome.peak / 1e6,
-            "compile_s": max(0.0, outcome.first_s - ms["p50"] / 1e3) if ms and variant.provider in COMPILING else None,
+            "compile_s": max(0.0, outcome.first_s - ms["p50"] / 1e3) if ms and outcome.cold and variant.provider in COMPILING else None,
             "error": outcome.error,
             "shares": {name: part and part["p50"] for name, part in parts.items()},
             "share_quantiles": parts,

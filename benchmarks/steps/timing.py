@@ -39,7 +39,8 @@ def in_turns(
     seed: int = 0,
     tell: Callable[[int], None] = lambda done: None,
 ) -> dict[Variant, list[float]]:
-    """ms of each step in each round; the order within a round is random, so that whatever drifts meets all alike. Ctrl-C ends it early.
+    """ms of each step in each round; the order within a round is random, so that whatever drifts meets all alike. Ctrl-C ends it early,
+    if a round is done.
 
     tell: called after every round with the number of those done
     """
@@ -79,20 +80,24 @@ def shares(variant: Variant, times: Times) -> dict[str, dict[str, float] | None]
     if variant.asks is not None:
         found["teacher_forward_ms"] = difference(times, FORWARD, STUDENT)
         for share, need in ASKED.items():
-            if need in variant.asks and Variant(frozenset({need})) in times:
+            if need in variant.asks:
                 found[share] = difference(times, Variant(frozenset({need})), FORWARD)
     if variant.loss is not None:
         found["distillation_ms"] = difference(times, variant, variant.probe)
     return found
 
 
-def difference(times: Times, more: Variant, less: Variant) -> dict[str, float]:
-    """Quantiles of the differences within each round."""
+def difference(times: Times, more: Variant, less: Variant) -> dict[str, float] | None:
+    """Quantiles of the differences within each round; None where one of the two was not timed."""
+    if more not in times or less not in times:
+        return None
     return quantiles([a - b for a, b in zip(times[more], times[less], strict=True)])
 
 
-def ratio(times: Times, variant: Variant) -> float:
-    """Median over the rounds of the time of `variant` over that of the student alone."""
+def ratio(times: Times, variant: Variant) -> float | None:
+    """Median over the rounds of the time of `variant` over that of the student alone; None where that was not timed."""
+    if STUDENT not in times:
+        return None
     return quantiles([a / b for a, b in zip(times[variant], times[STUDENT], strict=True)])["p50"]
 
 
