@@ -98,6 +98,21 @@ def test_two_large_elements_do_not_hide_the_rest() -> None:
     assert agree(rest.float(), want, 1e-4).reason == ""
 
 
+def test_an_element_is_held_against_the_channels_of_its_pixel() -> None:
+    """GKD at a map's extremum: gradients a thousand times the others', one of them of a weight that nearly cancels."""
+    want = torch.randn(2, 16, 20, 20, dtype=torch.float64)
+    want[0, :, 3, 4] *= 1e3
+    want[0, 5, 3, 4] = 1e-3
+    got = want.clone()
+    got[0, 5, 3, 4] += 1e3 * 1e-6
+    assert agree(got.float(), want, 2e-5).reason == ""
+    got[0, 5, 3, 4] += 1e3 * 1e-3
+    assert "1 of 12800 of the elements are wrong" in agree(got.float(), want, 2e-5).reason
+    elsewhere = want.clone()
+    elsewhere[1, 5, 3, 4] += 1e-2
+    assert "1 of 12800 of the elements are wrong" in agree(elsewhere.float(), want, 2e-5).reason
+
+
 def test_what_the_type_cannot_hold_is_no_error() -> None:
     tiny = 1e-6 * gradient()
     assert agree(tiny.half(), tiny, 1e-3).reason == ""

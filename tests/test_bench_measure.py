@@ -145,7 +145,7 @@ def test_import_seconds_is_the_median_of_fresh_processes(monkeypatch: pytest.Mon
 def test_cold_caches_are_fresh_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    monkeypatch.setattr("benchmarks.measure.cold._load_compiler", lambda: None)
+    monkeypatch.setattr("benchmarks.measure.cold._load_compiler", lambda device: None)
     kernel, module = SimpleNamespace(device_caches={0: "compiled"}), ModuleType("kdkernels.triton.made_up")
     module.kernel = kernel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -239,12 +239,12 @@ def test_revision_is_dirty_by_what_is_measured(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"clocks.sm": "1980, 2619, 412.5, [N/A], 55", "clocks_throttle_reasons.active": "0x0000000000000000"}
+    answers = {"clocks_throttle_reasons.active": "1980, 2619, 412.5, [N/A], 55, 0x0000000000000000"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
 
     def output(command: list[str]) -> str | None:
         assert "--id=GPU-1-2" in command
-        return next((text for name, text in answers.items() if f"--query-gpu={name}" in " ".join(command)), None)
+        return next((text for name, text in answers.items() if any(word.endswith(f",{name}") for word in command)), None)
 
     monkeypatch.setattr(provenance, "_output", output)
     state = provenance.device_state(torch.device("cuda", 0))

@@ -64,15 +64,6 @@ def test_flags_stay_where_they_are():
     assert len(addresses) == 1
 
 
-def test_flags_of_inference_mode_are_kept_apart():
-    given, loss = poisoned("student_features", 0, 1), GKDLoss()
-    for _ in range(2):
-        with torch.inference_mode():
-            loss(*(given[key] for key in loss.argument_names))
-        loss(*(arguments()[key] for key in loss.argument_names))
-    assert loss.check() == [NonFinite("GKDLoss", "map", 0, 1)] and loss.check() == []
-
-
 def test_finite_values_leave_no_flag():
     loss = GKDLoss()
     loss(*(arguments()[key] for key in loss.argument_names))

@@ -4,7 +4,8 @@ Relative L2 error alone is blind: GKD's gradient at the pixels of a map's minimu
 pixels hide the rest. So of every result, for example the gradient of a level,
 
 - the L2 error of the bulk, all but the largest `EXTREMES` of the elements, is within the tolerance;
-- every single element is within `ELEMENT` tolerances of |want| + the bulk's root mean square.
+- every single element is within `ELEMENT` tolerances of |want| + the bulk's root mean square, or that of its own pixel's channels if
+  it is larger: at the pixel of an extremum, a channel whose weight is a sum that nearly cancels has the rounding of the others.
 
 There are no exceptions for signs that flip where a gradient jumps: `Entry.settle` keeps inputs away from there. What the result's own type
 cannot hold (a rounding to its smallest number; inline, one rounding of the sum) is no error.
@@ -46,9 +47,11 @@ def agree(got: Tensor, want: Tensor, tolerance: float, arriving: Tensor | None =
 
     Raises nothing; NaN and infinity in `got` are errors unless `want` is beyond what the type of `got` can hold.
     """
-    bulk = bulk_of(want if arriving is None else want - arriving.double())
+    own = want if arriving is None else want - arriving.double()
+    bulk = bulk_of(own)
+    scale = _scale(own, bulk)
     total = torch.zeros(5, dtype=torch.float64, device=got.device)
-    for chunks in zip(_chunks(got), _chunks(want), repeat(None) if arriving is None else _chunks(arriving), strict=False):
+    for chunks in zip(_chunks(got), _chunks(want), _chunks(scale), repeat(None) if arriving is None else _chunks(arriving), strict=False):
         total += _compared(*chunks, bulk, ELEMENT * tolerance)
     broken, infinite, off, error, norm = total.tolist()
     if broken:
@@ -72,7 +75,16 @@ def bulk_of(x: Tensor) -> Bulk:
     return Bulk(float("inf"), float(size.square().mean().sqrt()) if size.numel() else 0.0)
 
 
-def _compared(got: Tensor, want: Tensor, arriving: Tensor | None, bulk: Bulk, allowed: float) -> Tensor:
+def _scale(own: Tensor, bulk: Bulk) -> Tensor:
+    """What an element is held against besides its own size, of the shape of `own`."""
+    typical = own.new_full((), bulk.typical)
+    if own.dim() != 4:
+        return typical.expand_as(own)
+    pixel = own.masked_fill(~own.isfinite(), 0).square().mean(1, keepdim=True).sqrt()
+    return torch.maximum(pixel, typical).expand_as(own)
+
+
+def _compared(got: Tensor, want: Tensor, scale: Tensor, arriving: Tensor | None, bulk: Bulk, allowed: float) -> Tensor:
     """Of a chunk: how many wants are not finite, results not finite, results off; squares of error and want in the bulk."""
     own, got64 = want if arriving is None else want - arriving.double(), got.double()
     error = ((got64 - want).abs_() - _rounding(got, want, arriving)).clamp_(min=0)
@@ -81,7 +93,7 @@ def _compared(got: Tensor, want: Tensor, arriving: Tensor | None, bulk: Bulk, al
     if saturated is not None:
         infinite &= ~saturated
         error, size = error.masked_fill_(saturated, 0), size.masked_fill_(saturated, 0)
-    off = error > (size + bulk.typical).mul_(allowed)
+    off = error > (size + scale).mul_(allowed)
     outside = size > bulk.limit
     squares = [x.masked_fill(outside, 0).square_().sum() for x in (error, size)]
     return torch.stack([(~want.isfinite()).sum(), infinite.sum(), off.sum(), *squares])

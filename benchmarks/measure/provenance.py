@@ -75,8 +75,11 @@ def device_state(device: torch.device) -> dict[str, Any]:
     gpu: Sequence[str | None] = [None] * len(_GPU_STATE)
     throttle = None
     if device.type == "cuda":
-        # One process for all: it takes as long as a small cell. (Before driver 535 the last field had another name.)
-        *gpu, throttle = _smi(device, [*_GPU_STATE, "clocks_event_reasons.active"])
+        # One process for all fields: it takes as long as a small cell. The second name is that of old drivers.
+        for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
+            *gpu, throttle = _smi(device, [*_GPU_STATE, reasons])
+            if throttle is not None:
+                break
     state: dict[str, Any] = {name: _number(value) for name, value in zip(_GPU_STATE.values(), gpu, strict=True)}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {**state, "throttle": throttle, "cpu_mhz": _cpu_mhz(), "load": load}

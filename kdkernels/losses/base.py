@@ -118,12 +118,11 @@ class DistillationLoss(nn.Module):
     def check(self) -> list[NonFinite]:
         """Where values were non-finite since the last call: one entry a term and level, with the first image. Synchronises and clears."""
         found = []
-        for (names, *_), flags in self._flags.items():
+        for (names, _, _), flags in self._flags.items():
             for term, row in zip(names, flags.tolist(), strict=True):
                 found += [NonFinite(type(self).__name__, term, level, image - 1) for level, image in enumerate(row) if image]
             # Not thrown away: a CUDA graph that was captured goes on writing to it.
-            with torch.inference_mode(flags.is_inference()):
-                flags.zero_()
+            flags.zero_()
         return found
 
     def _record(self, names: list[str], values: list[Tensor]) -> None:
@@ -133,14 +132,15 @@ class DistillationLoss(nn.Module):
                 return
             bad = ~stacked.isfinite()
             first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
-            # Tensors of inference mode may be written to in inference mode only.
-            key = (tuple(names), stacked.shape[1], stacked.device, torch.is_inference_mode_enabled())
+            key = (tuple(names), stacked.shape[1], stacked.device)
             if key in self._flags:
                 # In place: a captured CUDA graph reads and writes this very memory at every replay.
                 flags = self._flags[key]
                 flags.copy_(torch.where(flags == 0, first, flags))
             else:
-                self._flags[key] = first
+                # A tensor of inference mode could be written to in inference mode only.
+                with torch.inference_mode(False):
+                    self._flags[key] = first.clone()
             if self.on_nonfinite == "raise":
                 found = self.check()
                 if found:
