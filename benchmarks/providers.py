@@ -34,11 +34,18 @@ class Provider:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it the provider's backend is the chosen one."""
-        if self.backend is None:
-            yield
-            return
-        with _chosen(self.backend):
+        """Within it the provider's backend is the chosen one, and torch.compile cannot fall back to eager in silence."""
+        if self.backend is not None:
+            with _chosen(self.backend):
+                yield
+        elif self.name.startswith("compile"):
+            from torch._dynamo import config as dynamo
+            from torch._functorch import config as functorch
+
+            donated = {"donated_buffer": False} if self.name == "compile-max" else {}
+            with dynamo.patch(fail_on_recompile_limit_hit=True), functorch.patch(donated):
+                yield
+        else:
             yield
 
 

@@ -5,7 +5,9 @@ pixels hide the rest. So of every result, for example the gradient of a level,
 
 - the L2 error of the bulk, all but the largest `EXTREMES` of the elements, is within the tolerance;
 - every single element is within `ELEMENT` tolerances of |want| + the bulk's root mean square, or that of its own pixel's channels if
-  it is larger: at the pixel of an extremum, a channel whose weight is a sum that nearly cancels has the rounding of the others.
+  it is larger: at the pixel of an extremum, a channel whose weight is a sum that nearly cancels has the rounding of the others;
+- of every image the two pixels that are farthest off are held against its largest pixel: the gradient at a map's minimum and maximum is a
+  sum over the whole map, a thousand times that of other pixels, and where it happens to cancel its rounding remains.
 
 There are no exceptions for signs that flip where a gradient jumps: `Entry.settle` keeps inputs away from there. What the result's own type
 cannot hold (a rounding to its smallest number; inline, one rounding of the sum) is no error.
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 EXTREMES = 1e-3
+#: Pixels of a map's minimum and maximum.
+EXTREMA = 2
 ELEMENT = 10.0
 #: What the bulk is like is read off so many elements, evenly spaced.
 _SAMPLED = 1 << 17
@@ -49,7 +53,7 @@ def agree(got: Tensor, want: Tensor, tolerance: float, arriving: Tensor | None =
     """
     own = want if arriving is None else want - arriving.double()
     bulk = bulk_of(own)
-    scale = _scale(own, bulk)
+    scale = _scale(own, got.double() - want, bulk)
     total = torch.zeros(5, dtype=torch.float64, device=got.device)
     for chunks in zip(_chunks(got), _chunks(want), _chunks(scale), repeat(None) if arriving is None else _chunks(arriving), strict=False):
         total += _compared(*chunks, bulk, ELEMENT * tolerance)
@@ -75,13 +79,16 @@ def bulk_of(x: Tensor) -> Bulk:
     return Bulk(float("inf"), float(size.square().mean().sqrt()) if size.numel() else 0.0)
 
 
-def _scale(own: Tensor, bulk: Bulk) -> Tensor:
+def _scale(own: Tensor, error: Tensor, bulk: Bulk) -> Tensor:
     """What an element is held against besides its own size, of the shape of `own`."""
     typical = own.new_full((), bulk.typical)
-    if own.dim() != 4:
+    if own.dim() != 4 or own.numel() == 0:
         return typical.expand_as(own)
-    pixel = own.masked_fill(~own.isfinite(), 0).square().mean(1, keepdim=True).sqrt()
-    return torch.maximum(pixel, typical).expand_as(own)
+    pixel, off = (x.masked_fill(~x.isfinite(), 0).square().mean(1).sqrt().flatten(1) for x in (own, error))
+    worst = off.topk(min(EXTREMA, off.shape[1]), 1).indices
+    largest = pixel.amax(1, keepdim=True).expand_as(worst)
+    scale = torch.maximum(pixel.scatter(1, worst, largest), typical)
+    return scale.view(own.shape[0], 1, *own.shape[2:]).expand_as(own)
 
 
 def _compared(got: Tensor, want: Tensor, scale: Tensor, arriving: Tensor | None, bulk: Bulk, allowed: float) -> Tensor:

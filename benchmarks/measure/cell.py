@@ -6,8 +6,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -113,12 +112,12 @@ class Cell:
         attempt = self.attempts[provider.name] = Attempt(provider, lambda _: [], "failed", Checked("", None, None))
         try:
             attempt.call = bind(self.entry, self.functions.of(provider), self.mode, own)
-            with _active(provider):
+            with provider.active():
                 attempt.compile = self._first_call(provider.name, attempt.call)
         except Exception as error:
             attempt.checked = Checked(said(error), None, None)
             return attempt.checked
-        with _active(provider):
+        with provider.active():
             attempt.checked = gate(self.entry, self.mode, self.case.dtype, attempt.call, self.samples[0], self.device, self.seed)
             attempt.status = "rejected" if attempt.checked.reason else "measured"
             self._check_compiled(attempt)
@@ -127,7 +126,7 @@ class Cell:
     def burst(self, name: str, calls: int) -> list[float]:
         """Milliseconds of some calls of an admitted provider, each on the next sample."""
         attempt = self.attempts[name]
-        with _active(attempt.provider):
+        with attempt.provider.active():
             return self.clock.measure([partial(attempt.call, self._next()) for _ in range(calls)])
 
     def time(self, seconds: float, copy: Copy | None = None) -> dict[str, list[float]]:
@@ -160,7 +159,7 @@ class Cell:
         if attempt.status == "measured" and attempt.ms:
             figures["ms"] = quantiles(attempt.ms)
             figures["graph_ms"] = quantiles(attempt.graph_ms) if attempt.graph_ms else None
-            with _active(attempt.provider):
+            with attempt.provider.active():
                 call = partial(attempt.call, self._next())
                 figures["peak_bytes"] = peak_bytes(self.device, call)
                 figures["host_us"], figures["wall_ms"] = host_times(self.device, call, LEAST_CALLS)
@@ -211,7 +210,7 @@ class Cell:
 
     def _recheck(self, attempt: Attempt, touched: bool) -> None:
         reason = "the inputs changed while the providers of this cell were timed; who did it is not known" if touched else ""
-        with _active(attempt.provider):
+        with attempt.provider.active():
             try:
                 if not touched:
                     after = recheck(self.entry, self.mode, self.case.dtype, attempt.call, self.samples, self.device)
@@ -234,7 +233,7 @@ class Cell:
         does not compute what the call does: what the host works out stays as it was at the capture."""
         replays: list[Callable[[], None]] = []
         attempt = self.attempts[name]
-        with _active(attempt.provider):
+        with attempt.provider.active():
             for s in self.samples[:MOST_GRAPHS]:
                 graph = self.clock.graph(partial(attempt.call, s))
                 if graph is None or (not replays and not self._replays_right(s, *graph)):
@@ -284,18 +283,3 @@ def said(error: BaseException) -> str:
     """Type and first line of an exception."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
-@contextmanager
-def _active(provider: Provider) -> Iterator[None]:
-    """The provider's backend chosen, and torch.compile set so that it cannot fall back to eager in silence."""
-    if not provider.name.startswith("compile"):
-        with provider.active():
-            yield
-        return
-    from torch._dynamo import config as dynamo
-    from torch._functorch import config as functorch
-
-    donated = {"donated_buffer": False} if provider.name == "compile-max" else {}
-    with provider.active(), dynamo.patch(fail_on_recompile_limit_hit=True), functorch.patch(donated):
-        yield

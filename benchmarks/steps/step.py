@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +114,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         """The sum of the losses (of inline ones the value is not in it)."""
-        with self._active():
+        with self.provider.active() if self.provider else nullcontext():
             total = torch.stack(list(self._losses().values())).sum()
             total.backward()
             self._optimizer.step()
@@ -124,7 +124,7 @@ class Step:
     def gradient(self, factor: float = 1.0) -> Tensor:
         """The gradient at all parameters in one row, (P,), with distillation counted `factor` times; changes no parameter."""
         self.bench.reset()
-        with self._active():
+        with self.provider.active() if self.provider else nullcontext():
             weighted = [value * factor if name.startswith("kd_") else value for name, value in self._losses().items()]
             torch.stack(weighted).sum().backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters()]
@@ -135,20 +135,6 @@ class Step:
         with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=self.bench.amp):
             losses = self._forward(*self.bench.batch)
         return {name: loss.float() for name, loss in losses.items()}
-
-    @contextmanager
-    def _active(self) -> Iterator[None]:
-        if self.provider is None:
-            yield
-        elif not self.provider.name.startswith("compile"):
-            with self.provider.active():
-                yield
-        else:
-            from torch._dynamo import config
-
-            # Else a function that was compiled too often runs as eager code, in silence.
-            with self.provider.active(), config.patch(fail_on_recompile_limit_hit=True):
-                yield
 
 
 def _losses(entry: Entry) -> dict[str, DistillationLoss]:
