@@ -211,7 +211,6 @@ def test_the_step_table_has_shares_and_reasons() -> None:
 
 
 def test_report_writes_a_page_and_pictures_that_know_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     results = tmp_path / "results" / "cpu"
     sizes = [record for case in (Case(), Case("tiny"), Case(boxes=0)) for record in kernels(case)]
     source = written(results, [kernel("eager", 1e9), *sizes])
@@ -230,20 +229,23 @@ def test_report_writes_a_page_and_pictures_that_know_their_source(tmp_path: Path
 
 
 def test_pictures_of_the_same_records_are_the_same(tmp_path: Path) -> None:
-    plots = pytest.importorskip("benchmarks.report.plots")
+    from benchmarks.report import plots
+
     records = steps()
     first, second = (plots.save_figures(records, "cpu", tmp_path / name, "source")[0].read_bytes() for name in "ab")
     assert first == second
 
 
 def test_no_picture_without_something_to_draw() -> None:
-    plots = pytest.importorskip("benchmarks.report.plots")
+    from benchmarks.report import plots
+
     assert plots.figures([kernel("eager"), step("student", 100.0)]) == {}
     assert set(plots.figures([kernel("eager", 1.0)])) == {"copy", "memory"}, "one size makes no line"
 
 
 def test_lines_of_the_time_plot_differ_in_size_only() -> None:
-    plots = pytest.importorskip("benchmarks.report.plots")
+    from benchmarks.report import plots
+
     cases = [Case(), Case("tiny"), Case("frcnn", batch=8), Case(boxes=0), Case("tiny", dtype="bf16")]
     figure = plots.time_by_size(cells([record for case in cases for record in kernels(case)]))
     sizes = [round(x) for x in figure.axes[0].get_xticks()]

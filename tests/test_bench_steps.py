@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("torchvision")
-
-from benchmarks.providers import Provider  # noqa: E402
-from benchmarks.registry import ENTRIES  # noqa: E402
-from benchmarks.steps import gate, run, session, timing  # noqa: E402
-from benchmarks.steps.pairs import PAIRS, make_batch, make_models  # noqa: E402
-from benchmarks.steps.step import Bench, Variant, variants  # noqa: E402
+from benchmarks.providers import Provider
+from benchmarks.registry import ENTRIES
+from benchmarks.steps import gate, run, session, timing
+from benchmarks.steps.pairs import PAIRS, make_batch, make_models
+from benchmarks.steps.step import Bench, Variant, variants
 
 CPU = torch.device("cpu")
 FCOS = replace(PAIRS["fcos-small"], image=(64, 96))

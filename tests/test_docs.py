@@ -51,7 +51,7 @@ def test_bench_commands_are_understood(page: Path, words: str) -> None:
     module = import_module(path, "benchmarks")
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
-    parser.parse_args(options[:-1])
+    assert parser.parse_args(options[:-1]) is not None and callable(module.main)
 
 
 @pytest.mark.parametrize("label", SOURCES)
