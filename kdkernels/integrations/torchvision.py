@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ Targets = list[dict[str, Tensor]]
 Detector = Any
 
 
-class TorchvisionAdapter:
+class TorchvisionAdapter(ABC):
     """What the families share: one transform, a backbone that gives all levels, a head on top."""
 
     default_tap = "backbone"
@@ -38,9 +39,9 @@ class TorchvisionAdapter:
             raise ValueError(f"{type(unwrap(model)).__name__} is in eval mode and gives detections: call .train() before distilling")
         return model(images, targets)
 
+    @abstractmethod
     def head_losses(self, model: Detector, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
         """The losses of a transformed batch from its features; each family has its own."""
-        raise NotImplementedError
 
     def features(self, model: Detector, images: ImageList) -> Features:
         features = model.backbone(images.tensors)
