@@ -9,7 +9,7 @@ from kdkernels import BMFILoss, FusedLoss, GKDLoss
 
 from . import bmfi, gkd, published, vectorised
 from .case import Case
-from .entry import Entry, Inputs, boxes
+from .entry import Entry, Function, Inputs, boxes
 from .settle import settle_student
 
 FUSED = FusedLoss({"gkd": GKDLoss(), "bmfi": BMFILoss()})
@@ -29,42 +29,27 @@ def one_call(**given: object) -> Tensor:
     return sum(FUSED(**given).values())
 
 
-def two_calls(
-    student_features: list[Tensor],
-    teacher_features: list[Tensor],
-    student_gradients: list[Tensor],
-    teacher_gradients: list[Tensor],
-    boxes: tuple[Tensor, Tensor],
-    image_size: tuple[int, int],
-) -> Tensor:
-    maps = gkd.GKD(student_features, teacher_features, student_gradients, teacher_gradients)
-    return maps + bmfi.BMFI(student_features, teacher_features, boxes, image_size)
+def both(maps: Function, imitation: Function) -> Function:
+    """GKD's function and BMFI's, one after the other and added: there is no pass that they could share without a kernel of their own."""
+
+    def call(
+        student_features: list[Tensor],
+        teacher_features: list[Tensor],
+        student_gradients: list[Tensor],
+        teacher_gradients: list[Tensor],
+        boxes: tuple[Tensor, Tensor],
+        image_size: tuple[int, int],
+    ) -> Tensor:
+        loss: Tensor = maps(student_features, teacher_features, student_gradients, teacher_gradients)
+        return loss + imitation(student_features, teacher_features, boxes, image_size)
+
+    return call
 
 
-def eager(
-    student_features: list[Tensor],
-    teacher_features: list[Tensor],
-    student_gradients: list[Tensor],
-    teacher_gradients: list[Tensor],
-    boxes: tuple[Tensor, Tensor],
-    image_size: tuple[int, int],
-) -> Tensor:
-    """One graph for the compiler, whichever entry it serves; there is no pass that eager PyTorch could share."""
-    maps = vectorised.gkd(student_features, teacher_features, student_gradients, teacher_gradients)
-    return maps + vectorised.bmfi_images(student_features, teacher_features, boxes, image_size).sum()
-
-
-def paper(
-    student_features: list[Tensor],
-    teacher_features: list[Tensor],
-    student_gradients: list[Tensor],
-    teacher_gradients: list[Tensor],
-    boxes: tuple[Tensor, Tensor],
-    image_size: tuple[int, int],
-) -> Tensor:
-    maps = published.gkd(student_features, teacher_features, student_gradients, teacher_gradients)
-    return maps + published.bmfi(student_features, teacher_features, boxes, image_size)
-
+two_calls = both(gkd.GKD, bmfi.BMFI)
+#: One graph for the compiler, whichever entry it serves.
+eager = both(vectorised.gkd, bmfi.eager)
+paper = both(published.gkd, published.bmfi)
 
 ENTRIES = (
     Entry(
