@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdkernels.inline import InlinePlan, InlineTap
 from kdkernels.losses import DistillationLoss
+from kdkernels.losses.composed import teacher_sides
 
 from .registry import UPSTREAM, Entry, Function, Inputs, flat
 
@@ -54,7 +55,9 @@ def sample(entry: Entry, inputs: Inputs, mode: str, shapes: list[torch.Size], ge
     ready = {**inputs, _argument(entry): leaves}
     d = UPSTREAM[mode]
     device = leaves[0].device
-    cotangents = [d * (torch.randn(shape, generator=generator) if len(shape) else torch.ones(())).to(device) for shape in shapes]
+    # One value is a loss, or the matrix of its parts: what follows it is a sum. Several are maps and vectors, each with a use of its own.
+    loss = len(shapes) == 1
+    cotangents = [d * (torch.ones(shape) if loss else torch.randn(shape, generator=generator)).to(device) for shape in shapes]
     arriving: list[Tensor] = []
     if mode == "inline":
         given = inputs.get("student_gradients")
@@ -92,13 +95,14 @@ def _inline_by_hand(entry: Entry, function: Function, sample: Sample) -> list[Te
 
 def _inline_tap(losses: dict[str, DistillationLoss], sample: Sample) -> list[Tensor]:
     """As the Distiller does it, the teacher's side in the forward pass; every loss inside the tap."""
-    student, sides = sample.inputs["student_features"], {}
+    student = sample.inputs["student_features"]
+    given = {}
     for name, loss in losses.items():
         wanted = ("teacher_gradients", "boxes", "teacher_losses")
-        given: dict[str, Any] = {need: sample.inputs[need] for need in wanted if need in loss.needs}
-        if "boxes" in given:
-            given["image_size"] = sample.inputs["image_size"]
-        sides[name] = loss.teacher_side(sample.inputs["teacher_features"], **given)
+        given[name] = {need: sample.inputs[need] for need in wanted if need in loss.needs}
+        if "boxes" in loss.needs:
+            given[name]["image_size"] = sample.inputs["image_size"]
+    sides = teacher_sides(losses, sample.inputs["teacher_features"], given)
     outputs = InlineTap.apply(InlinePlan(losses, sides, lambda *_: None), *student)
     # A scalar entry sums its losses, so each handle gets the same upstream gradient.
     upstream = sample.cotangents * len(losses)

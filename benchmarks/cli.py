@@ -15,6 +15,8 @@ COMMANDS = {
     "report": (".report.run", "tables and plots of results"),
     "speed-of-light": (".report.speed_of_light", "how far everybody is from the time that the ideal bytes take"),
     "step": (".steps.run", "whole training steps of real detectors"),
+    "tune": (".tune.run", "launch parameters of the Triton kernels for the GPU that is there"),
+    "codegen": (".codegen.run", "what the compiler makes of the Triton kernels, without a GPU"),
     "list": (".listing", "entries, cases and providers, and why one cannot run here"),
 }
 RUN = (".run", "Time every provider on entries and cases; a provider whose results are wrong gets no time.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,26 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "triton", "native")
 logger = logging.getLogger("kdkernels")
 
-_ABSENT = {
-    "triton": "this version of kdkernels contains no Triton kernels",
-    "native": "this version of kdkernels contains no compiled library",
-}
-_implementations: dict[str, dict[str, Callable]] = {"reference": {}}
+
+class Implementation(NamedTuple):
+    """What a backend offers for one primitive.
+
+    function: takes the primitive's arguments
+    refuses:  takes them too and says why the function cannot serve them, "" when it can
+    dtypes:   of the deciding tensors that it takes; None: all
+    """
+
+    function: Callable[..., Any]
+    refuses: Callable[..., str]
+    dtypes: frozenset[torch.dtype] | None
+
+
+_FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_implementations: dict[str, dict[str, Implementation]] = {"reference": {}, "triton": {}, "native": {}}
 _fallback_told = False
+# Looked up once: torch.compile traces through the choice of a backend, and neither can change later.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes", "y")
 
 
 def from_environment() -> str:
@@ -34,6 +49,8 @@ def set_backend(name: str) -> None:
     """Chooses the backend for the whole process; overrides KDKERNELS_BACKEND.
 
     `auto` takes the fastest that can run. A named backend that cannot run raises RuntimeError with the reason, an unknown name ValueError.
+    A named backend also raises at a call that it cannot serve (tensors elsewhere, fp64, an option that only the reference has), where
+    `auto` takes the reference.
     """
     global _choice
     _validate(name)
@@ -43,55 +60,102 @@ def set_backend(name: str) -> None:
 def backend_info() -> dict[str, dict[str, Any]]:
     """What each backend is: {"reference" | "triton" | "native": {"available", "active", "reason", "version"}}.
 
-    `active`: what the present choice resolves to. `reason`: why it is not available, "" when it is.
-    `version`: of the software underneath, or None.
+    `active`: what the present choice resolves to, for `auto` with features on the GPU where there is one.
+    `reason`: why it is not available, "" when it is. `version`: of the software underneath, or None.
     """
     versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": None}
-    usable = _choice in ("auto", "reference")
+    reasons = {name: _absent(name) for name in versions}
+    # Interpreted kernels serve tests: who does not name them does not get them.
+    fastest = "triton" if not reasons["triton"] and torch.cuda.is_available() else "reference"
+    active = fastest if _choice == "auto" else _choice
     return {
-        name: {
-            "available": name not in _ABSENT,
-            "active": name == "reference" and usable,
-            "reason": _ABSENT.get(name, ""),
-            "version": version,
-        }
+        name: {"available": not reasons[name], "active": name == active and not reasons[name], "reason": reasons[name], "version": version}
         for name, version in versions.items()
     }
 
 
-def register(backend: str, primitive: str, implementation: Callable) -> None:
-    """Makes `implementation` the one that `backend` offers for `primitive`."""
-    _implementations[backend][primitive] = implementation
+def register(
+    backend: str,
+    primitive: str,
+    function: Callable[..., Any],
+    refuses: Callable[..., str] = lambda *args: "",
+    dtypes: frozenset[torch.dtype] | None = _FUSED_DTYPES,
+) -> None:
+    """Makes `function` the one that `backend` offers for `primitive`; see `Implementation`. The reference takes everything."""
+    _implementations[backend][primitive] = Implementation(function, refuses, None if backend == "reference" else dtypes)
 
 
-def resolve(primitive: str, tensors: Sequence[Tensor]) -> Callable:
-    """The implementation of `primitive` for these tensors. Raises like `set_backend` when the environment names what cannot run."""
-    _validate(_choice)
+def resolve(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Callable[..., Any]:
+    """The implementation of `primitive` for these deciding tensors and arguments.
+
+    Raises RuntimeError when a named backend cannot serve them, ValueError when the environment names a backend that does not exist.
+    """
+    if _choice not in ("auto", "reference", "triton"):
+        _validate(_choice)
+    if len(tensors) == 0:
+        # Nothing to compute, so nothing that a backend could not do.
+        return _implementations["reference"][primitive].function
+    if _choice == "triton" or (_choice == "auto" and tensors[0].is_cuda):
+        reason = _refusal("triton", primitive, tensors, args)
+        if not reason:
+            return _implementations["triton"][primitive].function
+        if _choice == "triton":
+            raise RuntimeError(f"backend 'triton' cannot run {primitive}: {reason}; choose 'auto' or 'reference'")
+    else:
+        reason = "the features are not on a GPU"
     if _choice == "auto" and not torch.compiler.is_compiling():
-        _tell_fallback()
-    return _implementations["reference"][primitive]
+        _tell_fallback(primitive, reason)
+    return _implementations["reference"][primitive].function
 
 
 def call(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Any:
     """Runs `primitive` on `args` with autocast off; `tensors` are those that decide about backend and device."""
-    implementation = resolve(primitive, tensors)
+    implementation = resolve(primitive, tensors, *args)
     device = tensors[0].device.type if len(tensors) else "cpu"
     with torch.autocast(device, enabled=False):
         return implementation(*args)
 
 
+def _refusal(backend: str, primitive: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> str:
+    """Why `backend` cannot serve this call; "" when it can."""
+    if not _TRITON_INSTALLED:
+        return _absent(backend)
+    found = _implementations[backend][primitive]
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        return f"the tensors are on several devices ({', '.join(sorted(str(device) for device in devices))})"
+    if not tensors[0].is_cuda and not (_INTERPRETED and tensors[0].device.type == "cpu"):
+        return f"the tensors are on {tensors[0].device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+    for x in tensors:
+        if found.dtypes is not None and x.dtype not in found.dtypes:
+            return f"it does not take {str(x.dtype).removeprefix('torch.')}"
+    return found.refuses(*args)
+
+
+def _absent(name: str) -> str:
+    """Why a backend cannot run here at all; "" when it can."""
+    if name == "native":
+        return "this version of kdkernels contains no compiled library"
+    if name == "triton" and not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if name == "triton" and not _INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+    return ""
+
+
 def _validate(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)} (set_backend or KDKERNELS_BACKEND)")
-    if name in _ABSENT:
-        raise RuntimeError(f"backend {name!r} cannot run: {_ABSENT[name]}; choose 'auto' or 'reference'")
+    reason = _absent(name)
+    if reason:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}; choose 'auto' or 'reference'")
 
 
-def _tell_fallback() -> None:
+def _tell_fallback(primitive: str, reason: str) -> None:
     global _fallback_told
     if not _fallback_told:
         _fallback_told = True
-        logger.info("backend auto: using 'reference' (%s)", "; ".join(f"{name}: {reason}" for name, reason in _ABSENT.items()))
+        logger.info("backend auto: using 'reference' for %s (triton: %s; native: %s)", primitive, reason, _absent("native"))
 
 
 def _installed(package: str) -> str | None:

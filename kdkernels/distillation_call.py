@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdkernels.adapters import PyramidAdapter, pair_levels
 from kdkernels.inline import InlinePlan, InlineTap, Terms
 from kdkernels.losses.base import DistillationLoss
+from kdkernels.losses.composed import teacher_sides, term_values
 from kdkernels.tap import Features, unwrap
 from kdkernels.teacher import TeacherOutput, loss_mode, pseudo_losses, scaled_gradients
 
@@ -95,7 +96,7 @@ class DistillationCall:
         if self.only_build:
             self._build(chosen, pairs)
             return features
-        with_gradient, without = self._split_losses()
+        with_gradient, without = self._split_losses(chosen, pairs)
         self._evaluate(without, chosen, None, pairs)
         passed = dict(zip(named, features, strict=True))
         replaced = OrderedDict(features)
@@ -175,29 +176,40 @@ class DistillationCall:
             per_level=not granularities.isdisjoint(LEVEL_GRANULARITIES),
         )
 
-    def _split_losses(self) -> tuple[dict[str, DistillationLoss], dict[str, DistillationLoss]]:
+    def _split_losses(self, chosen: Features, pairs: Pairs) -> tuple[dict[str, DistillationLoss], dict[str, DistillationLoss]]:
+        """Those evaluated where the student's gradients are known, and those evaluated in the forward pass.
+
+        With one that needs these gradients go all that can share its passes over the features and its one gradient: all that see the
+        tapped features themselves and not what a trainable adapter makes of them.
+        """
         losses = self.distiller.losses
-        with_gradient = {name: loss for name, loss in losses.items() if "student_gradients" in loss.needs}
-        return with_gradient, {name: loss for name, loss in losses.items() if name not in with_gradient}
+        if not any("student_gradients" in loss.needs for loss in losses.values()):
+            return {}, losses
+        late = {
+            name: loss
+            for name, loss in losses.items()
+            if "student_gradients" in loss.needs or _same_tensors(self._student_levels(loss, chosen, pairs), chosen.values())
+        }
+        return late, {name: loss for name, loss in losses.items() if name not in late}
 
     def _sides(self, losses: dict[str, DistillationLoss], pairs: Pairs) -> dict[str, Any]:
         features = [self._output().features[name] for _, name in pairs]
         if self.given_teacher_gradients is not None:
             check_names("teacher_gradients", self.given_teacher_gradients, self._output().features)
-        given = self.given_teacher_gradients or self._output().gradients or {}
+        found = self.given_teacher_gradients or self._output().gradients or {}
         # None, a level that no gradient reached, stays None: the losses let it contribute 0.
-        gradients = [given.get(name) for _, name in pairs]
-        return {
-            name: loss.teacher_side(
-                features,
-                gradients if "teacher_gradients" in loss.needs else None,
+        gradients = [found.get(name) for _, name in pairs]
+        given = {
+            name: {
+                "teacher_gradients": gradients if "teacher_gradients" in loss.needs else None,
                 # Only where needed: boxes that are merely given would put GKD's imitation form inside their mask.
-                boxes=(self._boxes, self._counts) if "boxes" in loss.needs else None,
-                image_size=self._image_size if "boxes" in loss.needs else None,
-                teacher_losses=self._teacher_losses(loss, pairs) if "teacher_losses" in loss.needs else None,
-            )
+                "boxes": (self._boxes, self._counts) if "boxes" in loss.needs else None,
+                "image_size": self._image_size if "boxes" in loss.needs else None,
+                "teacher_losses": self._teacher_losses(loss, pairs) if "teacher_losses" in loss.needs else None,
+            }
             for name, loss in losses.items()
         }
+        return teacher_sides(losses, features, given)
 
     def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> Tensor:
         """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity."""
@@ -226,13 +238,20 @@ class DistillationCall:
         gradients: list[Tensor | None] | None,
         pairs: Pairs,
     ) -> None:
+        if not losses:
+            return
         sides = self._sides(losses, pairs)
-        for name, loss in losses.items():
-            terms = loss.terms(self._student_levels(loss, chosen, pairs), sides[name], gradients)
-            value = loss.reduce(terms)
-            values = self.results.setdefault(name, [])
-            self.record.record(len(values), name, terms, value.detach())
-            values.append(value)
+        levels = {name: self._student_levels(loss, chosen, pairs) for name, loss in losses.items()}
+        left = dict(losses)
+        while left:
+            student = levels[next(iter(left))]
+            alike = {name: loss for name, loss in left.items() if _same_tensors(levels[name], student)}
+            for name, terms in term_values(alike, student, sides, gradients).items():
+                value = alike[name].reduce(terms)
+                values = self.results.setdefault(name, [])
+                self.record.record(len(values), name, terms, value.detach())
+                values.append(value)
+            left = {name: loss for name, loss in left.items() if name not in alike}
 
     def _evaluate_explicit(self, losses: dict[str, Tensor]) -> None:
         distiller = self.distiller
@@ -252,8 +271,8 @@ class DistillationCall:
             weighted = {key: loss * distiller.task_weights.get(key, 1.0) for key, loss in task.items()}
             second_order = any(getattr(loss, "grad_mode", None) == "second_order" for loss in distiller.losses.values())
             found = scaled_gradients(weighted, self.copies, retain_graph=True, create_graph=second_order)
-        with_gradient, _ = self._split_losses()
         for chosen, pairs in self.explicit:
+            with_gradient, _ = self._split_losses(chosen, pairs)
             self._evaluate(with_gradient, chosen, [found.get(name) for name in chosen], pairs)
 
 
@@ -265,6 +284,10 @@ def check_names(argument: str, given: Mapping[str, Any], levels: Mapping[str, An
 
 def cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _same_tensors(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _differentiable(x: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ class Distiller:
         losses: name to loss; each appears as ``"kd_" + name``. Their ``reduction`` must be "sum".
         student_tap, teacher_tap: module paths as `FeatureTap` takes them; the adapters' defaults when None.
         levels: names of the student levels to teach; None means all but those the detector's adapter excludes.
-        mode: "inline" evaluates losses that need the student's gradient during the backward pass; their values are 0 until
-            then and `last_values` has them afterwards. "explicit" asks for the gradient before the backward pass.
+        mode: "inline" evaluates losses that need the student's gradient during the backward pass, and with them those that
+            share their passes over the features; their values are 0 until then and `last_values` has them afterwards.
+            "explicit" asks for the gradient before the backward pass.
         adapter: the student's detector family; found by its type when None.
         task_weights: explicit only: weight of each task loss in the loss whose gradient G_S is; give those of your own
             weighted sum. Inline needs none: it sees the gradient that arrives.

@@ -8,7 +8,7 @@ AMP scale, accumulation, all inside d) and returns G_S + sum_k d_k * dKD_k / dS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdkernels.losses.base import DistillationLoss
+from kdkernels.losses.composed import split_shared, term_values_vjp
+from kdkernels.pyramid import accumulate
+from kdkernels.reference.terms import add_gradients
 
 Terms = dict[str, Tensor]
 
@@ -37,29 +40,47 @@ class InlinePlan:
         self, student: Sequence[Tensor], gradients: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """G_S + d * dKD per level; computes and records the values on the way."""
-        # 16-bit features are lifted to fp32 once, so that d * dKD is added to G_S before anything is rounded to 16 bits.
-        leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in student]
+        arrived = {name: d for name, d in zip(self.losses, upstream, strict=True) if d is not None}
+        shared, alone = split_shared({name: self.losses[name] for name in arrived})
+        total = list(gradients)
+        if alone:
+            total = self._alone(alone, student, gradients, arrived)
+        if shared:
+            found, rows, vjp = term_values_vjp(shared, student, self.sides, gradients)
+            upstream_of_rows: Sequence[Tensor | None] = [None] * len(rows)
+            weighted = self._weighted(shared, found, arrived)
+            if weighted is not None:
+                upstream_of_rows = torch.autograd.grad(weighted, rows, allow_unused=True)
+            total = vjp([torch.zeros_like(r) if d is None else d for r, d in zip(rows, upstream_of_rows, strict=True)], total)
+        return total
+
+    def _weighted(self, losses: Iterable[str], found: Mapping[str, Terms], arrived: Mapping[str, Tensor]) -> Tensor | None:
+        """The sum over the losses of d times the value, all recorded; None when none has a gradient."""
         total: Tensor | None = None
-        for (name, loss), d in zip(self.losses.items(), upstream, strict=True):
-            if d is None:
-                continue
-            with torch.enable_grad():
-                terms = loss.terms(leaves, self.sides[name], gradients)
-                value = loss.reduce(terms)
-                self.record(name, terms, value.detach())
+        with torch.enable_grad():
+            for name in losses:
+                value = self.losses[name].reduce(found[name])
+                self.record(name, found[name], value.detach())
                 if value.requires_grad:
-                    total = value * d if total is None else total + value * d
-        if total is None:
+                    total = value * arrived[name] if total is None else total + value * arrived[name]
+        return total
+
+    def _alone(
+        self,
+        losses: Mapping[str, DistillationLoss],
+        student: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        arrived: Mapping[str, Tensor],
+    ) -> list[Tensor | None]:
+        """G_S + d * dKD of losses that define their terms themselves."""
+        leaves = [accumulate(x.detach()).requires_grad_() for x in student]
+        with torch.enable_grad():
+            found = {name: loss.terms(leaves, self.sides[name], gradients) for name, loss in losses.items()}
+        weighted = self._weighted(losses, found, arrived)
+        if weighted is None:
             return list(gradients)
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
-        return [_add(g, own, x.dtype) for g, own, x in zip(grads, gradients, student, strict=True)]
-
-
-def _add(distillation: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if distillation is None:
-        return own
-    # G_S first: the sum takes its memory layout.
-    return (distillation if own is None else own + distillation).to(dtype)
+        own = torch.autograd.grad(weighted, leaves, allow_unused=True)
+        return [add_gradients(g, arriving, x.dtype) for g, arriving, x in zip(own, gradients, student, strict=True)]
 
 
 class InlineTap(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Literal, overload
 
 import torch
@@ -93,3 +94,26 @@ def accumulate(x: Tensor) -> Tensor:
 def stack_levels(rows: Sequence[Tensor]) -> Tensor:
     """(L, N) from L tensors (N,); (0, 0) for an empty pyramid."""
     return torch.stack(list(rows)) if len(rows) else torch.zeros(0, 0)
+
+
+def pack(levels: Sequence[Tensor]) -> Tensor:
+    """All elements of the levels behind each other, 1-D; without a copy where they already lie so in one buffer and need no gradient.
+
+    levels: at least one, all of one dtype.
+    """
+    if not torch.compiler.is_compiling() and not any(x.requires_grad for x in levels):
+        first, end = levels[0], levels[0].data_ptr()
+        storage = first.untyped_storage().data_ptr()
+        for x in levels:
+            if x.data_ptr() != end or not x.is_contiguous() or x.untyped_storage().data_ptr() != storage:
+                break
+            end += x.numel() * x.element_size()
+        else:
+            return first.as_strided((sum(x.numel() for x in levels),), (1,))
+    return torch.cat([x.reshape(-1) for x in levels])
+
+
+def unpack(packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The levels of these shapes in a 1-D buffer, as views."""
+    parts = packed.split([prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]

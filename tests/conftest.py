@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: without a GPU they are interpreted.
+    os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 try:
     from hypothesis import settings

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 
+from ..codegen.table import page as codegen_page
 from ..registry import Case
 from .cells import Cell, Record, cells
 from .kernels import one_case, overview
@@ -157,6 +158,8 @@ def filled(text: str) -> str:
 
 def main() -> None:
     write(result_files(RESULTS.parent), PICTURES)
+    compiled = json.loads((RESULTS.parent / "codegen.json").read_text(encoding="utf-8"))
+    (PICTURES / "codegen.md").write_text(codegen_page(compiled), encoding="utf-8")
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

@@ -19,7 +19,7 @@ FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_inte
 
 @guarded
 def bench(context: typer.Context) -> None:
-    """Measure the distillation maths against its baselines; bench --help lists the modes (compare, report, speed-of-light, step, list)."""
+    """Measure the distillation maths against its baselines; bench --help lists the modes (compare, report, step, tune, codegen, ...)."""
     raise typer.Exit(benchmarks().main(context.args, prog="kdkernels bench"))
 
 

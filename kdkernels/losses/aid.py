@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice
 from .base import DistillationLoss
+from .composed import ComposedLoss, Given, Part, Read, Reading
 
 GRANULARITIES = ("image", "level x image", "level", "batch")
 SHARES = ("softmax", "argmin")
@@ -22,7 +23,7 @@ class AIDSide(NamedTuple):
     weight: Tensor  # broadcasts to (L, N)
 
 
-class AIDLoss(DistillationLoss):
+class AIDLoss(ComposedLoss):
     """exp(-alpha * t) times the base loss, t the teacher's own detection loss (arXiv 2201.11097).
 
     What the teacher gets wrong is imitated less.
@@ -46,7 +47,8 @@ class AIDLoss(DistillationLoss):
         if granularity is not None:
             check_choice("granularity", granularity, GRANULARITIES)
         super().__init__(base.weight, base.reduction, base.on_nonfinite)
-        self.base, self.alpha, self.granularity = base, alpha, granularity
+        self.base: Any = base
+        self.alpha, self.granularity = alpha, granularity
         self.needs = base.needs | {"teacher_losses"}
         self.compares_features = base.compares_features
         self.argument_names = base.argument_names
@@ -73,6 +75,20 @@ class AIDLoss(DistillationLoss):
             raise TypeError(f"{type(self.base).__name__} takes no argument {', '.join(unknown)}")
         return self.evaluate(**given, **kwargs, teacher_losses=teacher_losses)
 
+    def shares(self) -> bool:
+        kept = type(self).teacher_side is AIDLoss.teacher_side and type(self).terms is AIDLoss.terms
+        return kept and isinstance(self.base, ComposedLoss) and self.base.shares()
+
+    def reading(self, features: list[Tensor], names: list[str], given: Given) -> Reading:
+        return self.base.reading(features, names, given)
+
+    def side(self, features: list[Tensor], names: list[str], read: Read, given: Given) -> AIDSide:
+        return AIDSide(self.base.side(features, names, read, given), self._factor(features, given["teacher_losses"]))
+
+    def parts(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Part]:
+        parts = self.base.parts(student_features, side.base, student_gradients)
+        return {name: part._replace(factor=side.weight * part.factor) for name, part in parts.items()}
+
     def teacher_side(
         self,
         teacher_features: Pyramid,
@@ -81,20 +97,24 @@ class AIDLoss(DistillationLoss):
         image_size: tuple[int, int] | None = None,
         teacher_losses: Tensor | float | None = None,
     ) -> AIDSide:
+        base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
+        levels, _ = as_pyramid("teacher_features", teacher_features)
         with torch.no_grad():
-            if teacher_losses is None:
-                raise ValueError("AIDLoss needs teacher_losses, which is missing")
-            levels, _ = as_pyramid("teacher_features", teacher_features)
-            shape = (len(levels), levels[0].shape[0]) if levels else (0, 0)
-            base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
-            t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=levels[0].device if levels else None)
-            t = self._arrange(t, shape)
-            # exp(-inf) would make an innocent 0 of an infinite loss; infinity * 0 is NaN.
-            return AIDSide(base, torch.exp(-self.alpha * t) + t * 0)
+            return AIDSide(base, self._factor(levels, teacher_losses))
 
     def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         terms = self.base.terms(student_features, side.base, student_gradients)
         return {name: value * side.weight for name, value in terms.items()}
+
+    def _factor(self, features: Sequence[Tensor], teacher_losses: Tensor | float | None) -> Tensor:
+        """What broadcasts to (L, N) and multiplies the base's terms."""
+        if teacher_losses is None:
+            raise ValueError("AIDLoss needs teacher_losses, which is missing")
+        shape = (len(features), features[0].shape[0]) if len(features) else (0, 0)
+        t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=features[0].device if len(features) else None)
+        t = self._arrange(t, shape)
+        # exp(-inf) would make an innocent 0 of an infinite loss; infinity * 0 is NaN.
+        return torch.exp(-self.alpha * t) + t * 0
 
     def _arrange(self, t: Tensor, shape: tuple[int, int]) -> Tensor:
         """t as it broadcasts to `shape` = (L, N)."""

@@ -15,6 +15,8 @@ from ..reference.box_mask import Boxes, is_padded
 
 REDUCTIONS = ("sum", "none")
 ON_NONFINITE = ("flag", "raise")
+#: In place of an image's number: all values were finite.
+NOWHERE = 2**31 - 1
 # The argument that each member of `DistillationLoss.needs` asks for.
 ARGUMENTS = {
     "student_gradients": ("student_gradients",),
@@ -65,7 +67,7 @@ class DistillationLoss(nn.Module):
         self.weight = float(weight)
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
-        # One (terms, L) tensor a kind of call: 0, or 1 + the first image with a non-finite value. Not buffers: state_dict stays empty.
+        # One (terms, L) tensor a kind of call: the first image with a non-finite value, or NOWHERE. Not buffers: state_dict stays empty.
         self._flags: dict[tuple, Tensor] = {}
 
     def inline_refusal(self) -> str | None:
@@ -90,13 +92,17 @@ class DistillationLoss(nn.Module):
     def evaluate(self, student_features: Pyramid, teacher_features: Pyramid, **given: Any) -> Tensor:
         """The loss from all arguments by name (those of FusedLoss); raises ValueError when one that it needs is missing."""
         self.require(given)
+        self.check_features(student_features, teacher_features)
+        student_gradients = given.pop("student_gradients", None)
+        side = self.teacher_side(teacher_features, **given)
+        return self.reduce(self.terms(student_features, side, student_gradients))
+
+    def check_features(self, student_features: Pyramid, teacher_features: Pyramid) -> None:
+        """Raises ValueError, naming both sides' level shapes, unless the loss can compare these."""
         student, student_names = as_pyramid("student_features", student_features)
         teacher, teacher_names = as_pyramid("teacher_features", teacher_features)
         axes = "NCHW" if self.compares_features else "N"
         check_match("student_features", student, student_names, "teacher_features", teacher, teacher_names, axes)
-        student_gradients = given.pop("student_gradients", None)
-        side = self.teacher_side(teacher_features, **given)
-        return self.reduce(self.terms(student_features, side, student_gradients))
 
     def require(self, given: dict[str, Any], name: str | None = None) -> None:
         """Raises ValueError naming the loss and the argument unless `given` holds all that the loss needs."""
@@ -120,9 +126,9 @@ class DistillationLoss(nn.Module):
         found = []
         for (names, _, _), flags in self._flags.items():
             for term, row in zip(names, flags.tolist(), strict=True):
-                found += [NonFinite(type(self).__name__, term, level, image - 1) for level, image in enumerate(row) if image]
+                found += [NonFinite(type(self).__name__, term, level, image) for level, image in enumerate(row) if image != NOWHERE]
             # Not thrown away: a CUDA graph that was captured goes on writing to it.
-            flags.zero_()
+            flags.fill_(NOWHERE)
         return found
 
     def _record(self, names: list[str], values: list[Tensor]) -> None:
@@ -130,13 +136,14 @@ class DistillationLoss(nn.Module):
             stacked = torch.stack([v.detach() for v in values])
             if stacked.numel() == 0:
                 return
-            bad = ~stacked.isfinite()
-            first = torch.where(bad.any(2), bad.to(torch.uint8).argmax(2) + 1, 0)
+            # x - x is 0 for every finite x and NaN for the others: half the launches of isfinite.
+            image = torch.arange(stacked.shape[2], dtype=torch.int32, device=stacked.device)
+            first = torch.where(stacked - stacked == 0, NOWHERE, image).amin(2)
             key = (tuple(names), stacked.shape[1], stacked.device)
             if key in self._flags:
                 # In place: a captured CUDA graph reads and writes this very memory at every replay.
                 flags = self._flags[key]
-                flags.copy_(torch.where(flags == 0, first, flags))
+                flags.copy_(torch.where(flags == NOWHERE, first, flags))
             else:
                 # A tensor of inference mode could be written to in inference mode only.
                 with torch.inference_mode(False):

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.box_mask import background, check_mask_options
-from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match, stack_levels
-from .base import DistillationLoss, level_masks
+from ..ops.terms import AttentionTerm, ImitationTerm
+from ..pyramid import Gradients, Pyramid, check_choice
+from .base import level_masks
+from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 MASKS = ("gaussian", "exponential", "area", "binary")
 ATTENTION_SOURCES = ("teacher", "mean")
@@ -27,7 +29,7 @@ class BMFISide(NamedTuple):
     background: list[Tensor] | None  # M_bg (N, H, W)
 
 
-class BMFILoss(DistillationLoss):
+class BMFILoss(ComposedLoss):
     """Box-aware imitation at several grains.
 
     Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64). With S and Ch the teacher's
@@ -92,36 +94,29 @@ class BMFILoss(DistillationLoss):
         """
         return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size)
 
-    def teacher_side(
-        self,
-        teacher_features: Pyramid,
-        teacher_gradients: Gradients | None = None,
-        boxes: Any = None,
-        image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | float | None = None,
-    ) -> BMFISide:
-        with torch.no_grad():
-            features, names = as_pyramid("teacher_features", teacher_features)
-            features = [x.detach() for x in features]
-            spatial, channel = ops.attention(features, self.temperature)
-            mask = outside = None
-            if self.needs:
-                self.require({"boxes": boxes, "image_size": image_size})
-                mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
-                outside = [background(m) for m in mask] if self.beta_bg else None
-            return BMFISide(features, names, spatial, channel, mask, outside)
+    def reading(self, features: list[Tensor], names: list[str], given: Given) -> Reading:
+        return Reading(temperature=self.temperature)
 
-    def terms(self, student_features: Pyramid, side: BMFISide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
-        features, names = as_pyramid("student_features", student_features)
-        check_match("student_features", features, names, "teacher_features", side.features, side.names)
-        batch = max(features[0].shape[0], 1) if features else 1
+    def side(self, features: list[Tensor], names: list[str], read: Read, given: Given) -> BMFISide:
+        assert read.spatial is not None and read.channel is not None  # the reading asks for them
+        mask = outside = None
+        if self.needs:
+            boxes, image_size = given.get("boxes"), given.get("image_size")
+            self.require({"boxes": boxes, "image_size": image_size})
+            mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
+            outside = [background(m) for m in mask] if self.beta_bg else None
+        return BMFISide(features, names, read.spatial, read.channel, mask, outside)
+
+    def parts(self, student_features: Pyramid, side: BMFISide, student_gradients: Gradients | None = None) -> dict[str, Part]:
+        features, _ = student_levels(student_features, side.names, side.features)
+        factor = self.weight / (max(features[0].shape[0], 1) if features else 1)
         spatial, channel = side.spatial, side.channel
-        terms: dict[str, Tensor] = {}
-        own = ops.attention(features, self.temperature) if self.gamma or self.attention_from == "mean" else None
-        if own is not None and self.attention_from == "mean":
-            spatial = [((a + b) / 2).detach() for a, b in zip(own[0], spatial, strict=True)]
-            channel = [((a + b) / 2).detach() for a, b in zip(own[1], channel, strict=True)]
-        # The grains differ in their spatial weights only, so one pass over the features serves all.
+        if self.attention_from == "mean":
+            with torch.no_grad():
+                own = ops.attention(features, self.temperature)
+                spatial = [(a + b) / 2 for a, b in zip(own[0], spatial, strict=True)]
+                channel = [(a + b) / 2 for a, b in zip(own[1], channel, strict=True)]
+        # The grains differ in their spatial weights only.
         grains: dict[str, list[Tensor]] = {}
         if side.mask is not None and self.alpha:
             grains["region"] = [m * s * self.alpha for m, s in zip(side.mask, spatial, strict=True)]
@@ -129,14 +124,7 @@ class BMFILoss(DistillationLoss):
             grains["whole"] = [s * (self.lambda_ / (s.shape[1] * s.shape[2])) for s in spatial]
         if side.background is not None:
             grains["background"] = [m * s * self.beta_bg for m, s in zip(side.background, spatial, strict=True)]
-        if grains:
-            weights = [torch.stack(level, 1) for level in zip(*grains.values(), strict=True)]
-            imitation = ops.feature_imitation(features, side.features, weights, channel) * (self.weight / batch)
-            terms.update(zip(grains, imitation.unbind(-1) if features else [imitation] * len(grains), strict=True))
-        if own is not None and self.gamma:
-            distance = [
-                (a - b).abs().sum((1, 2)) + (c - d).abs().sum(1)
-                for a, b, c, d in zip(own[0], side.spatial, own[1], side.channel, strict=True)
-            ]
-            terms["attention"] = stack_levels(distance) * (self.weight * self.gamma / batch)
-        return terms
+        parts = {name: Part(ImitationTerm(side.features, weights, channel), factor) for name, weights in grains.items()}
+        if self.gamma:
+            parts["attention"] = Part(AttentionTerm(side.spatial, side.channel, self.temperature), factor * self.gamma)
+        return parts

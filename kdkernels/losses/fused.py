@@ -1,4 +1,4 @@
-"""FusedLoss: several losses in one call."""
+"""FusedLoss: several losses in one call, sharing what they can of the passes over the features."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..pyramid import Gradients, Pyramid
 from .base import DistillationLoss, NonFinite, NonFiniteError
+from .composed import teacher_sides, term_values
 
 
 class FusedLoss(nn.Module):
@@ -42,18 +43,23 @@ class FusedLoss(nn.Module):
         teacher_losses: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """name -> scalar, or (L, N) by that loss's reduction. Raises ValueError naming the loss and the argument that it misses."""
-        given = {
+        given: dict[str, Any] = {
             "student_gradients": student_gradients,
             "teacher_gradients": teacher_gradients,
             "boxes": boxes,
             "image_size": image_size,
             "teacher_losses": teacher_losses,
         }
-        values = {}
-        for name, loss in self._members():
+        losses = dict(self._members())
+        for name, loss in losses.items():
             loss.require(given, name)
+            loss.check_features(student_features, teacher_features)
+        student_gradients = given.pop("student_gradients")
+        sides = teacher_sides(losses, teacher_features, dict.fromkeys(losses, given))
+        values = {}
+        for name, terms in term_values(losses, student_features, sides, student_gradients).items():
             try:
-                values[name] = loss.evaluate(student_features, teacher_features, **given)
+                values[name] = losses[name].reduce(terms)
             except NonFiniteError as error:
                 raise NonFiniteError([found._replace(loss=name) for found in error.found]) from None
         return values

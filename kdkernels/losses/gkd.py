@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.map_distance import AVERAGES, DISTANCES, check_map_options
+from ..ops.terms import ImitationTerm, MapTerm
 from ..ops.weighted_channel_sum import ACTIVATIONS, RECTIFIERS
-from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, check_choice, check_match, stack_levels
-from .base import DistillationLoss, level_masks
+from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, check_choice, check_match
+from .base import level_masks
+from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -49,10 +51,10 @@ class GKDSide(NamedTuple):
     boxes: Any
     image_size: tuple[int, int] | None
     features: list[Tensor] | None = None  # imitation only
-    channel: list[Tensor | None] | None = None  # imitation only: (N, C), of mean 1
+    channel: list[Tensor | None] | None = None  # imitation only: (N, C), the normaliser included
 
 
-class GKDLoss(DistillationLoss):
+class GKDLoss(ComposedLoss):
     """Gradient-guided distillation.
 
     Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64).
@@ -155,113 +157,85 @@ class GKDLoss(DistillationLoss):
             image_size=image_size,
         )
 
-    def teacher_side(
-        self,
-        teacher_features: Pyramid,
-        teacher_gradients: Gradients | None = None,
-        boxes: Any = None,
-        image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | float | None = None,
-    ) -> GKDSide:
-        with torch.no_grad():
-            features, names = as_pyramid("teacher_features", teacher_features)
-            shapes = [tuple(x.shape) for x in features]
-            gradients = self._gradients("teacher", teacher_gradients, features, names)
-            if self.form == "map":
-                return GKDSide(shapes, names, self._maps(features, gradients), boxes, image_size)
-            features = [x.detach() for x in features]
-            return GKDSide(
-                shapes,
-                names,
-                self._spatial_weights(features, gradients, boxes, image_size),
-                boxes,
-                image_size,
-                features,
-                self._channel_factors(gradients),
-            )
+    def reading(self, features: list[Tensor], names: list[str], given: Given) -> Reading:
+        gradients = self._gradients("teacher", given.get("teacher_gradients"), features, names)
+        if self.form == "imitation" and not self.spatial:
+            return Reading()
+        return Reading(self._weights(gradients), self.activation, self.rectify)
 
-    def terms(self, student_features: Pyramid, side: GKDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
-        features, names = as_pyramid("student_features", student_features)
-        imitates = self.form == "imitation"
-        check_match("student_features", features, names, "teacher_features", side.shapes, side.names, "NCHW" if imitates else "N")
-        if self.grad_mode == "none":
-            features = [x.detach() for x in features]
-        if imitates:
-            return {"imitation": self.weight * self._imitation(features, side)}
+    def side(self, features: list[Tensor], names: list[str], read: Read, given: Given) -> GKDSide:
+        shapes, maps = [tuple(x.shape) for x in features], read.maps or []
+        boxes, image_size = given.get("boxes"), given.get("image_size")
+        if self.form == "map":
+            return GKDSide(shapes, names, maps, boxes, image_size)
+        gradients = self._gradients("teacher", given.get("teacher_gradients"), features, names)
+        weights = self._spatial_weights(features, maps, boxes, image_size)
+        return GKDSide(shapes, names, weights, boxes, image_size, features, self._channel_factors(features, gradients))
+
+    def parts(self, student_features: Pyramid, side: GKDSide, student_gradients: Gradients | None = None) -> dict[str, Part]:
+        detached = self.grad_mode == "none"
+        if self.form == "imitation":
+            student_levels(student_features, side.names, side.shapes)
+            assert side.features is not None and side.channel is not None  # the imitation form's side has both
+            return {"imitation": Part(ImitationTerm(side.features, side.maps or None, side.channel), self.weight, detached)}
+        features, names = student_levels(student_features, side.names, side.shapes, "N")
         gradients = self._gradients("student", student_gradients, features, names)
         if self.grad_mode != "second_order":
             gradients = [None if g is None else g.detach() for g in gradients]
-        return {"map": self.weight * self._map_distance(features, gradients, side)}
-
-    def _map_distance(self, features: list[Tensor], gradients: list[Tensor | None], side: GKDSide) -> Tensor:
+        # A level without a teacher's map contributes nothing: its student's weights need not be made.
         gradients = [None if m is None else g for g, m in zip(gradients, side.maps, strict=True)]
-        maps = self._maps(features, gradients)
-        keep = [i for i, m in enumerate(maps) if m is not None]
         spatial = None
         if self.box_weight == "sqrt_mask":
-            masks = level_masks([features[i] for i in keep], side.boxes, side.image_size)
-            spatial = [m.sqrt() for m in masks]
-        rows = ops.map_distance(
-            _chosen(maps, keep),
-            _chosen(side.maps, keep),
+            spatial = [m.sqrt() for m in level_masks(features, side.boxes, side.image_size)]
+        term = MapTerm(
+            self._weights(gradients),
+            side.maps,
+            spatial,
+            self.activation,
+            self.rectify,
             self.normalize,
             self.distance,
             self.eps,
             self.eps_mode,
             self.temperature,
             self.average,
-            spatial,
         )
-        return _scatter(rows, keep, features)
+        return {"map": Part(term, self.weight, detached)}
 
-    def _imitation(self, features: list[Tensor], side: GKDSide) -> Tensor:
-        assert side.features is not None and side.channel is not None  # the imitation form's side has both
-        keep = [i for i, c in enumerate(side.channel) if c is not None]
-        rows = ops.feature_imitation(
-            [features[i] for i in keep],
-            [side.features[i] for i in keep],
-            _chosen(side.maps, keep) if side.maps else None,
-            _chosen(side.channel, keep),
-        )
-        rows = stack_levels([row / max(features[i].numel(), 1) for row, i in zip(rows.unbind(0), keep, strict=True)])
-        return _scatter(rows, keep, features)
-
-    def _maps(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
+    def _weights(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Channel weights (N, C) of the levels with gradients, or a weight per element."""
         keep = [i for i, g in enumerate(gradients) if g is not None]
-        given = _chosen(gradients, keep)
-        if self.channel_weight == "elementwise":
-            weights = [accumulate(g).abs() for g in given]
-        else:
-            weights = ops.channel_mean(given, self.channel_weight)
-        made, _, _ = ops.weighted_channel_sum([features[i] for i in keep], weights, self.activation, self.rectify)
-        maps: list[Tensor | None] = [None] * len(features)
-        for i, r in zip(keep, made, strict=True):
-            maps[i] = r
-        return maps
-
-    def _spatial_weights(
-        self, features: list[Tensor], gradients: list[Tensor | None], boxes: Any, image_size: tuple[int, int] | None
-    ) -> list[Tensor | None]:
-        """Per level M_T * box mask; an empty list when both are 1 everywhere."""
-        weights: list[Tensor | None] = []
-        if self.spatial:
-            for r in self._maps(features, gradients):
-                weights.append(None if r is None else ops.normalize_map(r, self.normalize, self.eps, self.eps_mode, self.temperature))
-        if boxes is not None:
-            masks = level_masks(features, boxes, image_size)
-            weights = [None if m is None else m * mask for m, mask in zip(weights, masks, strict=True)] if weights else list(masks)
+        given = [g for g in gradients if g is not None]
+        elementwise = self.channel_weight == "elementwise"
+        made = [accumulate(g).abs() for g in given] if elementwise else ops.channel_mean(given, self.channel_weight)
+        weights: list[Tensor | None] = [None] * len(gradients)
+        for i, w in zip(keep, made, strict=True):
+            weights[i] = w
         return weights
 
-    def _channel_factors(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+    def _spatial_weights(
+        self, features: list[Tensor], maps: list[Tensor | None], boxes: Any, image_size: tuple[int, int] | None
+    ) -> list[Tensor | None]:
+        """Per level M_T * box mask; an empty list when both are 1 everywhere."""
+        options = (self.normalize, self.eps, self.eps_mode, self.temperature)
+        weights = [None if r is None else ops.normalize_map(r, *options) for r in maps]
+        if boxes is None:
+            return weights
+        masks = level_masks(features, boxes, image_size)
+        return [None if m is None else m * mask for m, mask in zip(weights, masks, strict=True)] if weights else list(masks)
+
+    def _channel_factors(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """|w_c| / sum_c |w_c| / (N H W): channel_c of mean 1, and the normaliser 1 / (N C H W)."""
         mode = "signed" if self.channel_weight == "signed" else "abs"
         factors: list[Tensor | None] = []
-        for g in gradients:
+        for x, g in zip(features, gradients, strict=True):
             if g is None:
                 factors.append(None)
                 continue
             w = ops.channel_mean([g], mode)[0].abs()
             total = w.sum(1, keepdim=True)
-            factors.append(torch.where(total == 0, 0, w.shape[1] * (w / torch.where(total == 0, 1, total))))
+            elements = max(x.shape[0], 1) * x.shape[2] * x.shape[3]
+            factors.append(torch.where(total == 0, 0, w / torch.where(total == 0, 1, total)) / elements)
         return factors
 
     @staticmethod
@@ -287,17 +261,3 @@ class GKDLoss(DistillationLoss):
         signed_map = self.normalize == "zscore" or (self.normalize == "none" and self.rectify == "none")
         if self.form == "imitation" and self.spatial and signed_map:
             raise ValueError(f'normalize="{self.normalize}" gives negative spatial weights; form="imitation" needs another')
-
-
-def _chosen(levels: Sequence[Tensor | None], keep: Sequence[int]) -> list[Tensor]:
-    """The levels with these indices, none of which is None."""
-    return [x for i in keep if (x := levels[i]) is not None]
-
-
-def _scatter(rows: Tensor, keep: list[int], features: list[Tensor]) -> Tensor:
-    """(L, N) with `rows` at the levels `keep` and 0 at those without gradients."""
-    if len(keep) == len(features):
-        return rows
-    zero = features[0].new_zeros(features[0].shape[0], dtype=rows.dtype if keep else torch.float32)
-    by_level = dict(zip(keep, rows.unbind(0), strict=True))
-    return torch.stack([by_level.get(i, zero) for i in range(len(features))])

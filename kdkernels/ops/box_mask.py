@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backend
-from ..pyramid import check_choice
+from ..pyramid import check_choice, unpack
 from ..reference.box_mask import Boxes, background, is_padded
 from ..reference.box_mask import box_mask as reference
+from .library import define
 
 __all__ = ["background", "box_mask", "check_boxes", "check_mask_options"]
 KINDS = ("gaussian", "exponential", "area", "binary", "assigned", "background")
 PLACEMENTS = ("centered", "released")
-backend.register("reference", "box_mask", reference)
 
 
 def box_mask(
@@ -44,8 +47,55 @@ def box_mask(
     for level, size in enumerate(level_sizes):
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"level_sizes, level {level}: wanted (H, W), both at least 1; got {tuple(size)}")
-    tensors = list(boxes)
-    return backend.call("box_mask", tensors, boxes, image_size, level_sizes, kind, expand, placement, inner_ones, area_norm)
+    arguments = (boxes, image_size, level_sizes, kind, expand, placement, inner_ones, area_norm)
+    if len(boxes) == 0:
+        return reference(*arguments)
+    # Counts may lie elsewhere: they follow their boxes.
+    return backend.call("box_mask", boxes[:1] if is_padded(boxes) else boxes, *arguments)
+
+
+def _fake(boxes: Tensor, counts: Tensor, image_size: Sequence[float], sizes: Sequence[int], *options: Any) -> Tensor:
+    cells = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+    return boxes.new_empty(boxes.shape[0] * cells, dtype=torch.float32)
+
+
+_operator = define(
+    "box_mask",
+    "(Tensor boxes, Tensor counts, float[] image_size, SymInt[] sizes, str kind, float expand, bool released, bool inner_ones, "
+    "bool area_norm) -> Tensor",
+    _fake,
+)
+
+
+@torch.no_grad()
+def fused(
+    name: str,
+    boxes: Boxes,
+    image_size: tuple[int, int],
+    level_sizes: Sequence[tuple[int, int]],
+    kind: str,
+    expand: float,
+    placement: str,
+    inner_ones: bool,
+    area_norm: bool,
+) -> list[Tensor]:
+    """`box_mask` by the kernels of backend `name`: one operator for all levels. Neither values nor counts of boxes come to the host."""
+    if len(level_sizes) == 0:
+        return []
+    padded, counts = _padded(boxes)
+    sizes = [side for size in level_sizes for side in size]
+    extent = [float(side) for side in image_size]
+    packed = _operator(name, padded, counts, extent, sizes, kind, float(expand), placement == "released", inner_ones, area_norm)
+    return unpack(packed, [(padded.shape[0], *size) for size in level_sizes])
+
+
+def _padded(boxes: Boxes) -> tuple[Tensor, Tensor]:
+    """(N, M, 4) fp32 and counts (N,) on one device. A list's missing boxes are 0 and counted: boxes without area are none."""
+    if is_padded(boxes):
+        padded, counts = boxes
+        return padded.float(), counts.to(padded.device, non_blocking=True)
+    padded = torch.nn.utils.rnn.pad_sequence([b.float() for b in boxes], batch_first=True)
+    return padded, torch.full(padded.shape[:1], padded.shape[1], dtype=torch.int32, device=padded.device)
 
 
 def check_mask_options(kind: str, expand: float, placement: str) -> None:
@@ -70,3 +120,7 @@ def check_boxes(boxes: Boxes) -> None:
     for image, b in enumerate(boxes):
         if b.dim() != 2 or b.shape[1] != 4:
             raise ValueError(f"boxes, image {image}: wanted (n, 4) xyxy pixels, got {tuple(b.shape)}")
+
+
+backend.register("reference", "box_mask", reference)
+backend.register("triton", "box_mask", functools.partial(fused, "triton"), dtypes=None)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..pyramid import Pyramid, as_pyramid, check_choice
+from ..pyramid import Pyramid, as_pyramid, check_choice, unpack
 from ..reference.channel_mean import channel_mean as reference
+from .library import define
 
 MODES = ("signed", "abs")
-backend.register("reference", "channel_mean", reference)
 
 
 def channel_mean(x: Pyramid, mode: str = "signed") -> list[Tensor]:
@@ -21,3 +27,41 @@ def channel_mean(x: Pyramid, mode: str = "signed") -> list[Tensor]:
     check_choice("mode", mode, MODES)
     levels, _ = as_pyramid("x", x)
     return backend.call("channel_mean", levels, levels, mode)
+
+
+def _packed_vectors(x: Sequence[Tensor], absolute: bool) -> Tensor:
+    return x[0].new_empty(sum(level.shape[0] * level.shape[1] for level in x), dtype=torch.float32)
+
+
+_forward = define("channel_mean", "(Tensor[] x, bool absolute) -> Tensor", _packed_vectors)
+_backward = define(
+    "channel_mean_backward",
+    "(Tensor[] x, Tensor grad, bool absolute) -> Tensor[]",
+    lambda x, grad, absolute: [torch.empty_like(level) for level in x],
+)
+
+
+class _ChannelMean(torch.autograd.Function):
+    """The means of all levels, packed."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, absolute: bool, *x: Tensor) -> Tensor:
+        ctx.name, ctx.absolute = name, absolute
+        ctx.save_for_backward(*x)
+        return _forward(name, list(x), absolute)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (None, None, *_backward(ctx.name, list(ctx.saved_tensors), grad.contiguous(), ctx.absolute))
+
+
+def fused(name: str, levels: Sequence[Tensor], mode: str) -> list[Tensor]:
+    """`channel_mean` by the kernels of backend `name`."""
+    if not levels:
+        return []
+    return unpack(_ChannelMean.apply(name, mode == "abs", *levels), [level.shape[:2] for level in levels])
+
+
+backend.register("reference", "channel_mean", reference)
+backend.register("triton", "channel_mean", functools.partial(fused, "triton"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..pyramid import Pyramid, as_pyramid, check_choice, level_shapes
+from ..pyramid import Pyramid, as_pyramid, check_choice, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
+from .library import define
 
 ACTIVATIONS = ("raw", "abs")
 RECTIFIERS = ("abs", "relu", "none")
-backend.register("reference", "weighted_channel_sum", reference)
 
 
 def weighted_channel_sum(
@@ -24,6 +28,12 @@ def weighted_channel_sum(
     Returns the maps (N, H, W), their minima (N,) and maxima (N,), each a list of L; fp32 (fp64 if x or w is).
     Raises ValueError, naming the level and both shapes, where w does not fit x.
     """
+    levels = check_weights(x, w, activation, rectify)
+    return backend.call("weighted_channel_sum", levels, levels, list(w), activation, rectify)
+
+
+def check_weights(x: Pyramid, w: Sequence[Tensor], activation: str, rectify: str) -> list[Tensor]:
+    """The levels of x. Raises ValueError for an unknown option and, naming the level and both shapes, where w does not fit x."""
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("rectify", rectify, RECTIFIERS)
     levels, names = as_pyramid("x", x)
@@ -34,4 +44,65 @@ def weighted_channel_sum(
             raise ValueError(
                 f"w, level {name}: got shape {tuple(weight.shape)}, wanted {tuple(level.shape[:2])} or x's shape {tuple(level.shape)}"
             )
-    return backend.call("weighted_channel_sum", levels, levels, list(w), activation, rectify)
+    return levels
+
+
+def rectified(raw: Tensor, rectify: str) -> Tensor:
+    """|raw|, relu or raw itself. As in the reference relu keeps NaN: -inf * 0, where relu() makes an innocent 0 of an overflowed sum."""
+    if rectify == "relu":
+        return torch.where(raw > 0, raw, raw * 0)
+    return raw.abs() if rectify == "abs" else raw
+
+
+def _packed_maps(x: Sequence[Tensor], w: Tensor, absolute: bool) -> Tensor:
+    return x[0].new_empty(sum(level.shape[0] * level.shape[2] * level.shape[3] for level in x), dtype=torch.float32)
+
+
+_forward = define("weighted_channel_sum", "(Tensor[] x, Tensor w, bool absolute) -> Tensor", _packed_maps)
+_backward = define(
+    "weighted_channel_sum_backward",
+    "(Tensor[] x, Tensor w, Tensor grad, bool absolute) -> Tensor[]",
+    lambda x, w, grad, absolute: [torch.empty_like(level) for level in x],
+)
+
+
+class _WeightedChannelSum(torch.autograd.Function):
+    """The sums of all levels, packed, before they are rectified."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, w: Tensor, absolute: bool, *x: Tensor) -> Tensor:
+        ctx.name, ctx.absolute = name, absolute
+        ctx.save_for_backward(w, *x)
+        return _forward(name, list(x), w, absolute)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        w, *x = ctx.saved_tensors
+        return (None, None, None, *_backward(ctx.name, x, w, grad.contiguous(), ctx.absolute))
+
+
+def fused(
+    name: str, levels: Sequence[Tensor], weights: Sequence[Tensor], activation: str = "raw", rectify: str = "abs"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`weighted_channel_sum` by the kernels of backend `name`, for weights a channel, differentiable with respect to the levels only."""
+    if not levels:
+        return [], [], []
+    w = pack([weight.detach().float() for weight in weights])
+    raw = _WeightedChannelSum.apply(name, w, activation == "abs", *levels)
+    maps = unpack(rectified(raw, rectify), [(level.shape[0], *level.shape[2:]) for level in levels])
+    return maps, [r.amin((1, 2)) for r in maps], [r.amax((1, 2)) for r in maps]
+
+
+def _refuses(levels: Sequence[Tensor], weights: Sequence[Tensor], activation: str, rectify: str) -> str:
+    if any(weight.dim() != 2 for weight in weights):
+        return "a weight per element is in the reference only"
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        return "the weights require a gradient, which only the reference gives"
+    if any(weight.dtype == torch.float64 or weight.device != levels[0].device for weight in weights):
+        return "the weights are in float64 or on another device"
+    return ""
+
+
+backend.register("reference", "weighted_channel_sum", reference)
+backend.register("triton", "weighted_channel_sum", functools.partial(fused, "triton"), _refuses)

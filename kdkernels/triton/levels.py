@@ -1,0 +1,167 @@
+"""What all Triton kernels share: pyramids brought to one memory layout, small results packed behind each other, levels found by program.
+
+A level's image is read as a matrix (outer, inner) of which `inner` is contiguous: (C, H*W) of a contiguous level, (H*W, C) of a
+channels_last one. Small fp32 results of all levels lie packed in one buffer, level after level: maps (N, H*W), channel vectors (N, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Levels of one launch. Pyramids with more take several launches.
+MOST_LEVELS = 6
+#: Makes an integer one of 64 bits for Triton, which goes by its value.
+_LONG = 1 << 40
+_FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
+
+
+class Sizes(NamedTuple):
+    """Of the levels of one launch, largest first.
+
+    indices:         their places in the pyramid
+    channels, pixels: C and H*W
+    channel_offsets: where a level begins in a packed buffer of channel vectors;   pixel_offsets: in one of maps
+    """
+
+    images: int
+    indices: tuple[int, ...]
+    channels: tuple[int, ...]
+    pixels: tuple[int, ...]
+    channel_offsets: tuple[int, ...]
+    pixel_offsets: tuple[int, ...]
+
+    def of(self, levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The levels of this launch."""
+        return tuple(levels[i] for i in self.indices)
+
+    def programs(self, tiles: Sequence[int]) -> tuple[int, ...]:
+        """Programs up to and including each level, given the tiles of an image of each: the last is the grid."""
+        return tuple(accumulate(self.images * t for t in tiles))
+
+
+def launches(images: int, channels: Sequence[int], pixels: Sequence[int]) -> Iterator[Sizes]:
+    """The launches of one pass: levels from the largest to the smallest, `MOST_LEVELS` at a time."""
+    first_channel = [0, *accumulate(images * c for c in channels)]
+    first_pixel = [0, *accumulate(images * p for p in pixels)]
+    order = sorted(range(len(pixels)), key=lambda i: -channels[i] * pixels[i])
+    for start in range(0, len(order), MOST_LEVELS):
+        chosen = tuple(order[start : start + MOST_LEVELS])
+        yield Sizes(images, chosen, *(tuple(values[i] for i in chosen) for values in (channels, pixels, first_channel, first_pixel)))
+
+
+def alike(passes: Iterable[Sizes], pyramids: Sequence[Sequence[Tensor]]) -> Iterator[Sizes]:
+    """Levels of one type a launch, as pointers of one type are what a kernel can choose from."""
+    for sizes in passes:
+        types = [tuple(levels[i].dtype for levels in pyramids) for i in sizes.indices]
+        for kind in dict.fromkeys(types):
+            chosen = [k for k, other in enumerate(types) if other == kind]
+            yield Sizes(sizes.images, *(tuple(values[k] for k in chosen) for values in sizes[1:]))
+
+
+def integers(values: Iterable[int]) -> tuple[int, ...]:
+    """Sizes, each below 2^30, for a tuple argument of a kernel, which reads them by `pick_integer` and `locate`.
+
+    Triton compiles anew for a size of 1 or divisible by 16, in tuples whatever `do_not_specialize` says: these are odd and above 1.
+    """
+    coded = tuple(2 * value + 3 for value in values)
+    if max(coded) >= 2**31:
+        raise ValueError(f"a level of 2^30 pixels, channels or programs or more: {tuple(values)}")
+    return coded
+
+
+def offsets(values: Iterable[int]) -> tuple[int, ...]:
+    """As `integers`, for `pick_offset`: of any size, and always passed as 64 bits."""
+    return tuple(2 * value + 3 + _LONG for value in values)
+
+
+def sizes_of(levels: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
+    """N, and C and H*W of every level."""
+    return levels[0].shape[0], [x.shape[1] for x in levels], [x.shape[2] * x.shape[3] for x in levels]
+
+
+def arrange(*pyramids: Sequence[Tensor]) -> tuple[bool, list[list[Tensor]]]:
+    """Whether all is read as channels_last, and the pyramids with every level dense in that layout.
+
+    The layout is that of the first pyramid's largest level. A level that is not dense in it is copied: a slice with gaps, the other layout.
+    """
+    largest = max(pyramids[0], key=torch.numel)
+    last = not largest.is_contiguous() and largest.is_contiguous(memory_format=torch.channels_last)
+    return last, [[x.contiguous(memory_format=_FORMATS[last]) for x in levels] for levels in pyramids]
+
+
+class Written:
+    """Room for one result a level, with the strides that `torch.empty_like` gives, written in the launch's layout."""
+
+    def __init__(self, like: Sequence[Tensor], last: bool, results: list[Tensor] | None = None) -> None:
+        self.results = [torch.empty_like(x) for x in like] if results is None else results
+        dense = [x if x.is_contiguous(memory_format=_FORMATS[last]) else None for x in self.results]
+        self.levels = [
+            torch.empty_like(x, memory_format=_FORMATS[last]) if d is None else d for x, d in zip(self.results, dense, strict=True)
+        ]
+
+    def done(self) -> list[Tensor]:
+        """The results, after the launches."""
+        for result, level in zip(self.results, self.levels, strict=True):
+            if result is not level:
+                result.copy_(level)
+        return self.results
+
+
+@triton.jit
+def pick(values, level):
+    """values[level] of a tuple of scalars or pointers."""
+    chosen = values[0]
+    for k in tl.static_range(1, len(values)):
+        if level == k:
+            chosen = values[k]
+    return chosen
+
+
+@triton.jit
+def pick_integer(values, level):
+    """The size at this level of those that `integers` passed."""
+    return (pick(values, level) - 3) >> 1
+
+
+@triton.jit
+def pick_offset(values, level):
+    """The number at this level of those that `offsets` passed, int64."""
+    return (pick(values, level) - (3 + (1 << 40))) >> 1
+
+
+@triton.jit
+def locate(ends):
+    """Level of this program, and its number within the level; `ends`: `integers` of the programs up to and including each level."""
+    program = tl.program_id(0)
+    level = 0
+    first = 0
+    for k in tl.static_range(len(ends) - 1):
+        end = (ends[k] - 3) >> 1
+        if program >= end:
+            level = k + 1
+            first = end
+    return level, program - first
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; 0 for NaN, as torch.sgn."""
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+@triton.jit
+def rectified(raw, RECTIFY: tl.constexpr):
+    """|raw|, relu or raw itself. relu keeps the NaN that -inf * 0 is: a sum of -inf, which an overflow brings, is no innocent 0."""
+    if RECTIFY == "abs":
+        return tl.abs(raw)
+    elif RECTIFY == "relu":
+        return tl.where(raw > 0, raw, raw * 0)
+    else:
+        return raw

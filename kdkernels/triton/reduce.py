@@ -1,0 +1,344 @@
+"""The read pass: every sum over channels and over pixels that a loss takes of a pyramid, from one read of it.
+
+A program reads a band of an image: all channels of PIXELS pixels. In tiles (ROWS, PIECES, UNROLL, BLOCK) of the matrix (outer, inner) it
+goes down the outer axis, UNROLL * ROWS rows at a time and all PIECES * BLOCK columns. The order of the tile's axes gives ROWS to the warps
+and PIECES and UNROLL to the registers of each thread. Sums over the outer axis stay in registers until the end, sums over the inner one are
+finished a tile at a time, by one warp where BLOCK is no longer than its vectors.
+contiguous:    outer = channels, inner = the band's pixels: maps stay in registers.
+channels_last: outer = the band's pixels, inner = all channels: channel sums do.
+Channel sums of a band are partial; `channel_sums` adds the bands up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .levels import Sizes, alike, arrange, integers, launches, locate, offsets, pick, pick_integer, pick_offset, sizes_of
+
+#: A channels_last row lies in the registers of one program.
+MOST_CHANNELS = 4096
+
+
+class ChannelParts(NamedTuple):
+    """Channel sums of every band. parts: fp32, 1-D, level after level (N, bands, C); tiles: bands of an image, a level."""
+
+    parts: Tensor
+    tiles: tuple[int, ...]
+
+
+class Sums(NamedTuple):
+    """What was asked for, fp32 and 1-D: packed maps (N, H*W), and the channel sums of the bands."""
+
+    raw: Tensor | None
+    absolute: Tensor | None
+    error: Tensor | None
+    channel: ChannelParts | None
+
+
+def reduce(
+    x: Sequence[Tensor],
+    *,
+    target: Sequence[Tensor] | None = None,
+    weights: Tensor | None = None,
+    absolute: bool = False,
+    channel: str = "none",
+    spatial_abs: bool = False,
+    error_channel: Tensor | None = None,
+) -> Sums:
+    """Sums of the levels x (N, C, H, W), at least one level, from one read of x and target.
+
+    raw (with weights):       sum_c weights * x, of |x| with `absolute`
+    absolute (spatial_abs):   sum_c |x|
+    error (with target):      sum_c error_channel * (x - target)^2; error_channel None is 1
+    channel (abs, signed):    sums over a band's pixels of |x| or x
+    target: levels of x's shapes; weights, error_channel: packed (N, C), fp32.
+    Raises ValueError for a channels_last level of more than 4096 channels.
+    """
+    images, channels, pixels = sizes_of(x)
+    last, (levels, *others) = arrange(x) if target is None else arrange(x, target)
+    if last and max(channels) > MOST_CHANNELS:
+        raise ValueError(f"channels_last levels of more than {MOST_CHANNELS} channels are not supported; got {max(channels)}")
+    constants = launch.parameters("reduce", heuristic, levels, last)
+    tiles = tuple(triton.cdiv(p, constants["PIXELS"]) for p in pixels)
+    first_parts = list(accumulate((images * t * c for t, c in zip(tiles, channels, strict=True)), initial=0))
+
+    def maps(wanted: bool) -> Tensor | None:
+        return torch.empty(images * sum(pixels), dtype=torch.float32, device=x[0].device) if wanted else None
+
+    raw, absolutes, error = maps(weights is not None), maps(spatial_abs), maps(target is not None)
+    parts = None if channel == "none" else torch.empty(first_parts[-1], dtype=torch.float32, device=x[0].device)
+    vector = 16 // min(level.element_size() for pyramid in (levels, *others) for level in pyramid)
+    for sizes, width in _launches(x, [levels, *others], constants["PIXELS"], last) if images else ():
+        bands = tuple(tiles[i] for i in sizes.indices)
+        block = width // constants["PIECES"]
+        _reduce[(sizes.programs(bands)[-1],)](
+            sizes.of(levels),
+            sizes.of(others[0]) if others else None,
+            weights,
+            error_channel,
+            raw,
+            absolutes,
+            error,
+            parts,
+            integers(sizes.programs(bands)),
+            integers(bands),
+            integers(sizes.channels),
+            integers(sizes.pixels),
+            offsets(sizes.channel_offsets),
+            offsets(sizes.pixel_offsets),
+            offsets(first_parts[i] for i in sizes.indices),
+            LAST=last,
+            ABSOLUTE=absolute,
+            CHANNEL=channel,
+            VECTOR=vector,
+            BLOCK=block,
+            ROWS=max(1, 32 * constants["num_warps"] * vector // block),
+            **constants,
+        )
+    return Sums(raw, absolutes, error, None if parts is None else ChannelParts(parts, tiles))
+
+
+def channel_sums(parts: ChannelParts, channels: Sequence[int], divisors: Sequence[int]) -> Tensor:
+    """Packed (N, C), fp32: the bands' channel sums added up, each level divided by its divisor.
+
+    channels, divisors: a level; the number of pixels as divisor gives the mean.
+    """
+    images = parts.parts.numel() // sum(t * c for t, c in zip(parts.tiles, channels, strict=True))
+    first_parts = list(accumulate((images * t * c for t, c in zip(parts.tiles, channels, strict=True)), initial=0))
+    out = parts.parts.new_empty(images * sum(channels))
+    constants = launch.parameters("channel_sums", sums_heuristic, [parts.parts], False)
+    # The pixels that order the levels of a launch are the bands here: the longest loop first.
+    for sizes in launches(images, channels, parts.tiles) if images else ():
+        blocks = tuple(triton.cdiv(c, constants["BLOCK"]) for c in sizes.channels)
+        _channel_sums[(sizes.programs(blocks)[-1],)](
+            parts.parts,
+            out,
+            integers(sizes.programs(blocks)),
+            integers(blocks),
+            integers(sizes.channels),
+            integers(sizes.pixels),
+            offsets(first_parts[i] for i in sizes.indices),
+            offsets(sizes.channel_offsets),
+            integers(divisors[i] for i in sizes.indices),
+            **constants,
+        )
+    return out
+
+
+def heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
+    """A warp reads a row of a contiguous band; every thread has 4 loads of 16 bytes under way, in fewer than 128 registers."""
+    if dtype.itemsize == 4:
+        return {"PIXELS": 256, "PIECES": 2, "UNROLL": 2, "num_warps": 8}
+    return {"PIXELS": 256, "PIECES": 1, "UNROLL": 4, "num_warps": 8}
+
+
+def sums_heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
+    """32 channels are a cache line; 64 bands hide the latency of a loop over hundreds."""
+    return {"BANDS": 64, "BLOCK": 32, "num_warps": 4}
+
+
+def _launches(x: Sequence[Tensor], read: Sequence[Sequence[Tensor]], band: int, last: bool) -> Iterator[tuple[Sizes, int]]:
+    """The launches, and how many elements of the inner axis their programs cover.
+
+    Channels_last levels of very different channels are launched apart: a program as wide as the widest would idle in the others.
+    """
+    for sizes in alike(launches(*sizes_of(x)), read):
+        widths = [max(64, triton.next_power_of_2(c)) if last else band for c in sizes.channels]
+        for width in sorted(set(widths), reverse=True):
+            chosen = [k for k, w in enumerate(widths) if w == width]
+            yield Sizes(sizes.images, *(tuple(values[k] for k in chosen) for values in sizes[1:])), width
+
+
+@triton.jit
+def _reduce(
+    xs,
+    targets,
+    weights,
+    error_weights,
+    raw,
+    absolute,
+    error,
+    parts,
+    ends,
+    tiles,
+    channels,
+    pixels,
+    channel_offsets,
+    pixel_offsets,
+    part_offsets,
+    LAST: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    level, program = locate(ends)
+    bands = pick_integer(tiles, level)
+    C = pick_integer(channels, level)
+    P = pick_integer(pixels, level)
+    n = program // bands
+    band = program % bands
+    x = pick(xs, level)
+    target = None if targets is None else pick(targets, level)
+    first = band * PIXELS
+    channel = pick_offset(channel_offsets, level) + n * C
+    pixel = pick_offset(pixel_offsets, level) + n * P
+    part = pick_offset(part_offsets, level) + program * C
+    inner = C if LAST else P
+    if inner % VECTOR == 0:
+        # Written so that the compiler sees it is a multiple, and that rows begin on 16 bytes.
+        inner = (inner // VECTOR) * VECTOR
+        _read(
+            x, target, weights, error_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
+            C, P, inner, LAST, ABSOLUTE, CHANNEL, PIXELS, PIECES, UNROLL, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        # Element by element, neighbours to neighbouring threads. Fewer rows at a time: every element takes an address.
+        _read(
+            x, target, weights, error_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
+            C, P, inner, LAST, ABSOLUTE, CHANNEL, PIXELS, PIECES * VECTOR, 1, ROWS, BLOCK // VECTOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def _read(
+    x,
+    target,
+    weights,
+    error_weights,
+    raw,
+    absolute,
+    error,
+    parts,
+    n,
+    first,
+    channel,
+    pixel,
+    part,
+    C,
+    P,
+    inner,
+    LAST: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One band, from pixel `first` of image n on. channel, pixel, part: where the image's vectors and maps and the band's sums begin."""
+    STEP: tl.constexpr = UNROLL * ROWS
+    row = tl.arange(0, ROWS)[:, None] + tl.arange(0, UNROLL)[None, :] * ROWS
+    column = tl.arange(0, PIECES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if LAST:
+        outer = min(P - first, PIXELS)
+        start = (n.to(tl.int64) * P + first) * inner
+        pixel += first
+    else:
+        outer = C
+        column += first
+        start = n.to(tl.int64) * C * inner
+    inside = column < inner
+    offset = row[:, None, :, None] * inner + column[None, :, None, :]
+    x += start
+    if target is not None:
+        target += start
+    if LAST and weights is not None:
+        column_weights = tl.load(weights + channel + column, inside, 0.0)[None, :, None, :]
+    if LAST and error_weights is not None:
+        column_error_weights = tl.load(error_weights + channel + column, inside, 0.0)[None, :, None, :]
+    raw_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
+    absolute_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
+    error_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
+    channel_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
+    for done in range(0, outer, STEP):
+        rows = done + row
+        below = rows < outer
+        mask = below[:, None, :, None] & inside[None, :, None, :]
+        s = tl.load(x + offset, mask, 0.0).to(tl.float32)
+        x += STEP * inner
+        if target is not None:
+            d = s - tl.load(target + offset, mask, 0.0).to(tl.float32)
+            target += STEP * inner
+            squared = d * d
+            if error_weights is not None:
+                if LAST:
+                    squared *= column_error_weights
+                else:
+                    squared *= tl.load(error_weights + channel + rows, below, 0.0)[:, None, :, None]
+            error_sum = _add(squared, error_sum, error, pixel + rows, below, LAST)
+        if raw is not None:
+            value = tl.abs(s) if ABSOLUTE else s
+            if LAST:
+                value *= column_weights
+            else:
+                value *= tl.load(weights + channel + rows, below, 0.0)[:, None, :, None]
+            raw_sum = _add(value, raw_sum, raw, pixel + rows, below, LAST)
+        if absolute is not None:
+            absolute_sum = _add(tl.abs(s), absolute_sum, absolute, pixel + rows, below, LAST)
+        if parts is not None:
+            channel_sum = _add(tl.abs(s) if CHANNEL == "abs" else s, channel_sum, parts, part + rows, below, not LAST)
+    if LAST:
+        if parts is not None:
+            tl.store(parts + part + column, tl.sum(channel_sum, 0), inside)
+    else:
+        if raw is not None:
+            tl.store(raw + pixel + column, tl.sum(raw_sum, 0), inside)
+        if absolute is not None:
+            tl.store(absolute + pixel + column, tl.sum(absolute_sum, 0), inside)
+        if error is not None:
+            tl.store(error + pixel + column, tl.sum(error_sum, 0), inside)
+
+
+@triton.jit
+def _add(term, total, out, at, mask, ACROSS: tl.constexpr):
+    """A tile (ROWS, PIECES, UNROLL, BLOCK) added to the sums down its columns, or its sums across the rows stored at out + at."""
+    if ACROSS:
+        tl.store(out + at, tl.sum(tl.sum(term, 1), 2), mask)
+        return total
+    else:
+        return total + tl.sum(term, 2)
+
+
+@triton.jit
+def _channel_sums(
+    parts,
+    out,
+    ends,
+    tiles,
+    channels,
+    bands,
+    part_offsets,
+    channel_offsets,
+    divisors,
+    BANDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    level, program = locate(ends)
+    blocks = pick_integer(tiles, level)
+    C = pick_integer(channels, level)
+    count = pick_integer(bands, level)
+    n = program // blocks
+    c = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    band = tl.arange(0, BANDS)
+    parts += pick_offset(part_offsets, level) + n * count * C
+    total = tl.zeros([BANDS, BLOCK], tl.float32)
+    for first in range(0, count, BANDS):
+        b = (first + band)[:, None]
+        total += tl.load(parts + b * C + c[None, :], (b < count) & inside[None, :], 0.0)
+    mean = tl.div_rn(tl.sum(total, 0), pick_integer(divisors, level).to(tl.float32))
+    tl.store(out + pick_offset(channel_offsets, level) + n * C + c, mean, inside)
