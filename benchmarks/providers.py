@@ -67,6 +67,8 @@ def absent(provider: Provider, device: torch.device) -> str:
     """Why the provider cannot run on this device; "" when it can."""
     if provider.backend is not None:
         info = backend_info()[provider.backend]
+        if provider.backend == "triton" and device.type != "cuda":
+            return str(info["reason"]) or "its kernels would be interpreted, whose time says nothing"
         return "" if info["available"] else str(info["reason"])
     return ""
 

@@ -32,8 +32,17 @@ class Implementation(NamedTuple):
 _FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _implementations: dict[str, dict[str, Implementation]] = {"reference": {}, "triton": {}, "native": {}}
 _fallback_told = False
+
+
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
 # Looked up once: torch.compile traces through the choice of a backend, and neither can change later.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = _found("triton")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes", "y")
 
 

@@ -11,7 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from .losses import AIDLoss, BMFILoss, DistillationLoss, FusedLoss, GKDLoss, teacher_shares
-from .ops import attention, box_mask, channel_mean, feature_imitation, map_distance, normalize_map, weighted_channel_sum
+from .ops import (
+    attention,
+    box_mask,
+    channel_mean,
+    feature_imitation,
+    map_distance,
+    normalize_map,
+    shared_read,
+    terms,
+    terms_vjp,
+    weighted_channel_sum,
+)
 from .pyramid import Gradients, Pyramid
 
 __all__ = [
@@ -25,7 +36,10 @@ __all__ = [
     "gkd",
     "map_distance",
     "normalize_map",
+    "shared_read",
     "teacher_shares",
+    "terms",
+    "terms_vjp",
     "weighted_channel_sum",
 ]
 

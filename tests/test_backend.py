@@ -40,7 +40,7 @@ def test_a_backend_that_runs_can_be_chosen(name):
     assert functional.channel_mean([torch.full((1, 2, 3, 4), 2.0)])[0].tolist() == [[2.0, 2.0]]
 
 
-@pytest.mark.parametrize("name", ["triton", "native"])
+@pytest.mark.parametrize("name", ["native"])
 def test_naming_a_backend_that_cannot_run_gives_the_reason_and_changes_nothing(name):
     reason = kdkernels.backend_info()[name]["reason"]
     with pytest.raises(RuntimeError, match=reason) as error:
@@ -75,7 +75,7 @@ def test_a_named_reference_has_nothing_to_tell(caplog):
 
 @pytest.mark.parametrize(
     ("value", "error"),
-    [("", None), ("AUTO ", None), ("reference", None), ("triton", RuntimeError), ("native", RuntimeError), ("fast", ValueError)],
+    [("", None), ("AUTO ", None), ("reference", None), ("triton", None), ("native", RuntimeError), ("fast", ValueError)],
 )
 def test_the_environment_chooses(monkeypatch, value, error):
     monkeypatch.setenv("KDKERNELS_BACKEND", value)
@@ -108,3 +108,27 @@ def test_autocast_around_a_primitive_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = functional.attention(x)[0][0], functional.channel_mean(x)[0]
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(plain, inside, strict=True))
+
+
+def test_triton_is_there_when_interpreted_or_on_a_gpu_and_says_why_not_otherwise():
+    code = "import kdkernels; print(kdkernels.backend_info()['triton'])"
+    assert "'available': True" in run(code, TRITON_INTERPRET="1")
+    told = run(code, TRITON_INTERPRET="0")
+    assert ("'available': True" in told) == torch.cuda.is_available()
+    assert torch.cuda.is_available() or "there is no CUDA device" in told
+
+
+def test_auto_leaves_interpreted_kernels_alone_and_a_named_triton_uses_them():
+    x = [torch.ones(1, 2, 3, 4)]
+    assert backend.resolve("channel_mean", x, x, "signed") is backend._implementations["reference"]["channel_mean"].function
+    kdkernels.set_backend("triton")
+    assert backend.resolve("channel_mean", x, x, "signed") is backend._implementations["triton"]["channel_mean"].function
+
+
+def test_a_named_triton_says_what_it_cannot_do():
+    kdkernels.set_backend("triton")
+    with pytest.raises(RuntimeError, match="cannot run channel_mean: it does not take float64"):
+        functional.channel_mean([torch.ones(1, 1, 1, 1, dtype=torch.float64)])
+    with pytest.raises(RuntimeError, match="a weight per element is in the reference only"):
+        functional.weighted_channel_sum([torch.ones(1, 1, 2, 2)], [torch.ones(1, 1, 2, 2)])
+    assert functional.channel_mean([]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from triton_support import DEVICES, poisoned, pyramid, relative_error
 
@@ -65,17 +64,14 @@ def test_every_combination_of_options(device, normalize):
     assert weights[0].isfinite().all()
 
 
-@settings(max_examples=8)
-@given(
-    images=st.integers(1, 3),
-    sizes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 19)), min_size=1, max_size=7),
-    normalize=st.sampled_from(NORMALIZERS),
-    distance=st.sampled_from(DISTANCES),
-)
-def test_any_sizes(device, images, sizes, normalize, distance):
-    shapes = [(images, *size) for size in sizes]
-    check(maps(shapes, 4, device), maps(shapes, 5, device), normalize=normalize, distance=distance)
-    assert len(shapes) <= 7
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sizes(device, seed):
+    """Random, without hypothesis, which GPU machines may lack."""
+    chance = random.Random(seed)
+    images = chance.randint(1, 3)
+    shapes = [(images, chance.randint(1, 14), chance.randint(1, 19)) for _ in range(chance.randint(1, 7))]
+    check(maps(shapes, 4, device), maps(shapes, 5, device), normalize=NORMALIZERS[seed % 4], distance=DISTANCES[seed % 3])
+    assert 1 <= len(shapes) <= 7
 
 
 @pytest.mark.parametrize("normalize", NORMALIZERS)

@@ -80,7 +80,7 @@ def _operator(args: argparse.Namespace, call: Call, case: Case, parameters: Para
         "dtype": case.dtype if call.on_features else "",
         "layout": case.layout if call.on_features else "",
         "kernels": kernels,
-        "variants": _variants(call, case, parameters, args.capability) if args.variants else None,
+        "variants": _variants(call, case, parameters, args.capability) if args.variants and not args.kernel else None,
     }
 
 

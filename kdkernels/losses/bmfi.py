@@ -101,7 +101,7 @@ class BMFILoss(ComposedLoss):
         assert read.spatial is not None and read.channel is not None  # the reading asks for them
         mask = outside = None
         if self.needs:
-            boxes, image_size = given.get("boxes"), given.get("image_size")
+            boxes, image_size = given["boxes"], given["image_size"]
             self.require({"boxes": boxes, "image_size": image_size})
             mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
             outside = [background(m) for m in mask] if self.beta_bg else None

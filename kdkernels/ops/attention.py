@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..library import define
 from ..pyramid import Pyramid, as_pyramid, unpack
 from ..reference.attention import attention as reference
-from .library import define
 
 
 def attention(x: Pyramid, temperature: float = 0.5) -> tuple[list[Tensor], list[Tensor]]:

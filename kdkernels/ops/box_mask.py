@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..library import define
 from ..pyramid import check_choice, unpack
 from ..reference.box_mask import Boxes, background, is_padded
 from ..reference.box_mask import box_mask as reference
-from .library import define
 
 __all__ = ["background", "box_mask", "check_boxes", "check_mask_options"]
 KINDS = ("gaussian", "exponential", "area", "binary", "assigned", "background")

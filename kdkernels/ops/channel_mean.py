@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..library import define
 from ..pyramid import Pyramid, as_pyramid, check_choice, unpack
 from ..reference.channel_mean import channel_mean as reference
-from .library import define
 
 MODES = ("signed", "abs")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..library import define
 from ..pyramid import check_choice, level_shapes, pack, unpack
 from ..reference.map_distance import map_distance as reference
 from ..reference.map_distance import normalize_map as normalize_reference
-from .library import define
 
 NORMALIZERS = ("minmax", "softmax", "zscore", "none")
 DISTANCES = ("l1", "mse", "smooth_l1")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..library import define
 from ..pyramid import Pyramid, pack, unpack
 from ..reference.shared_read import shared_read as reference
 from .attention import check_temperature, packed_attention, unpack_attention
-from .library import define
 from .weighted_channel_sum import check_weights, rectified
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..library import define
 from ..pyramid import Pyramid, as_pyramid
 from ..reference.terms import VJP, AttentionTerm, Factor, ImitationTerm, MapTerm, Term
 from ..reference.terms import terms as reference
 from ..reference.terms import terms_vjp as reference_vjp
-from .library import define
-from .term_batches import Batch, batches
+from ..term_batches import Batch, batches
 
 __all__ = ["AttentionTerm", "ImitationTerm", "MapTerm", "Term", "terms", "terms_vjp"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..library import define
 from ..pyramid import Pyramid, as_pyramid, check_choice, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
-from .library import define
 
 ACTIVATIONS = ("raw", "abs")
 RECTIFIERS = ("abs", "relu", "none")

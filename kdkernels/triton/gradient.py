@@ -230,6 +230,57 @@ def _flat(
 
 
 @triton.jit
+def _program(
+    x,
+    target,
+    arriving,
+    out,
+    vectors,
+    parts,
+    ends,
+    tiles,
+    outers,
+    inners,
+    outer_offsets,
+    inner_offsets,
+    PLACES: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_FLAT: tl.constexpr,
+):
+    level, program = locate(ends)
+    count = pick_integer(tiles, level)
+    n = program // count
+    tile = program % count
+    outer = pick_integer(outers, level)
+    inner = pick_integer(inners, level)
+    o = pick_offset(outer_offsets, level) + n.to(tl.int64) * outer
+    i = pick_offset(inner_offsets, level) + n.to(tl.int64) * inner
+    if x is not None:
+        x = pick(x, level)
+    if target is not None:
+        target = pick(target, level)
+    if arriving is not None:
+        arriving = pick(arriving, level)
+    out = pick(out, level)
+    total = outer.to(tl.int64) * inner
+    # A size known to be a multiple of the vector, which a product is, makes loads and stores of 16 bytes.
+    if inner % VECTOR == 0:
+        inner = inner // VECTOR * VECTOR
+        part = _rows(x, target, arriving, out, vectors, o, i, n, tile, outer, inner, PLACES, ABSOLUTE, BLOCK_OUTER, BLOCK_INNER, STEPS)
+    elif total % VECTOR == 0:
+        total = total // VECTOR * VECTOR
+        part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, VECTOR, BLOCK_FLAT)
+    else:
+        part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, 1, BLOCK_FLAT)
+    if parts is not None:
+        tl.store(parts + tl.program_id(0), part)
+
+
+@triton.jit
 def _kernel(
     x,
     target,
@@ -256,33 +307,10 @@ def _kernel(
     if unless is not None:
         right = tl.load(unless)
     if right == 0:
-        level, program = locate(ends)
-        count = pick_integer(tiles, level)
-        n = program // count
-        tile = program % count
-        outer = pick_integer(outers, level)
-        inner = pick_integer(inners, level)
-        o = pick_offset(outer_offsets, level) + n.to(tl.int64) * outer
-        i = pick_offset(inner_offsets, level) + n.to(tl.int64) * inner
-        if x is not None:
-            x = pick(x, level)
-        if target is not None:
-            target = pick(target, level)
-        if arriving is not None:
-            arriving = pick(arriving, level)
-        out = pick(out, level)
-        total = outer.to(tl.int64) * inner
-        # A size known to be a multiple of the vector, which a product is, makes loads and stores of 16 bytes.
-        if inner % VECTOR == 0:
-            inner = inner // VECTOR * VECTOR
-            part = _rows(x, target, arriving, out, vectors, o, i, n, tile, outer, inner, PLACES, ABSOLUTE, BLOCK_OUTER, BLOCK_INNER, STEPS)
-        elif total % VECTOR == 0:
-            total = total // VECTOR * VECTOR
-            part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, VECTOR, BLOCK_FLAT)
-        else:
-            part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, 1, BLOCK_FLAT)
-        if parts is not None:
-            tl.store(parts + tl.program_id(0), part)
+        _program(
+            x, target, arriving, out, vectors, parts, ends, tiles, outers, inners, outer_offsets, inner_offsets,
+            PLACES, ABSOLUTE, VECTOR, BLOCK_OUTER, BLOCK_INNER, STEPS, BLOCK_FLAT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["images"])

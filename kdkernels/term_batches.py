@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pyramid import pack
-from ..reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term
-from .map_distance import comparable
+from .ops.map_distance import comparable
+from .pyramid import pack
+from .reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term
 
 _NO_MAP = (False, "none", "none", "none", "l1", 0.0, True, 1.0, "n")
 
