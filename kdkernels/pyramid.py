@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, overload
 
@@ -94,6 +94,12 @@ def accumulate(x: Tensor) -> Tensor:
 def stack_levels(rows: Sequence[Tensor]) -> Tensor:
     """(L, N) from L tensors (N,); (0, 0) for an empty pyramid."""
     return torch.stack(list(rows)) if len(rows) else torch.zeros(0, 0)
+
+
+def in_graph(tensors: Iterable[Tensor]) -> bool:
+    """Whether what is computed from these needs a backward pass. Without one a torch.autograd.Function is not worth its time, and
+    torch.compile cannot trace it."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def pack(levels: Sequence[Tensor]) -> Tensor:

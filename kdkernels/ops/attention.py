@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, as_pyramid, unpack
+from ..pyramid import Pyramid, as_pyramid, in_graph, unpack
 from ..reference.attention import attention as reference
 
 
@@ -76,7 +76,7 @@ def fused(name: str, x: list[Tensor], temperature: float) -> tuple[list[Tensor],
     """`attention` by the kernels of backend `name`."""
     if not x:
         return [], []
-    spatial, channel = _Attention.apply(name, temperature, *x)
+    spatial, channel = _Attention.apply(name, temperature, *x) if in_graph(x) else _forward(name, list(x), temperature)
     return unpack_attention(spatial, channel, x)
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, as_pyramid, check_choice, unpack
+from ..pyramid import Pyramid, as_pyramid, check_choice, in_graph, unpack
 from ..reference.channel_mean import channel_mean as reference
 
 MODES = ("signed", "abs")
@@ -60,7 +60,9 @@ def fused(name: str, levels: Sequence[Tensor], mode: str) -> list[Tensor]:
     """`channel_mean` by the kernels of backend `name`."""
     if not levels:
         return []
-    return unpack(_ChannelMean.apply(name, mode == "abs", *levels), [level.shape[:2] for level in levels])
+    absolute = mode == "abs"
+    means = _ChannelMean.apply(name, absolute, *levels) if in_graph(levels) else _forward(name, list(levels), absolute)
+    return unpack(means, [level.shape[:2] for level in levels])
 
 
 backend.register("reference", "channel_mean", reference)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import check_choice, level_shapes, pack, unpack
+from ..pyramid import check_choice, in_graph, level_shapes, pack, unpack
 from ..reference.map_distance import map_distance as reference
 from ..reference.map_distance import normalize_map as normalize_reference
 
@@ -142,7 +142,11 @@ def fused(
     target, normalize_t = comparable([x.float() for x in m_t], [x.shape[1:] for x in m_s], normalize, eps, eps_mode, temperature)
     factors = None if spatial is None else pack([x.float() for x in spatial])
     options = (normalize, normalize_t, distance, eps, eps_mode == "relative", temperature, average)
-    return _MapDistance.apply(name, pack(target), factors, options, *(x.float() for x in m_s))
+    maps = [x.float() for x in m_s]
+    if in_graph(maps):
+        return _MapDistance.apply(name, pack(target), factors, options, *maps)
+    sizes = maps[0].shape[0], [x.shape[1] * x.shape[2] for x in maps]
+    return _forward(name, pack(maps), pack(target), factors, *sizes, *options)[0]
 
 
 def _refuses(

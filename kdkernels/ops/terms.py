@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, as_pyramid
+from ..pyramid import Pyramid, as_pyramid, in_graph
 from ..reference.terms import VJP, AttentionTerm, Factor, ImitationTerm, MapTerm, Term
 from ..reference.terms import terms as reference
 from ..reference.terms import terms_vjp as reference_vjp
@@ -151,7 +151,10 @@ def fused(name: str, features: list[Tensor], wanted: Wanted) -> list[Tensor]:
     """The terms by the kernels of backend `name`."""
     found: dict[int, Tensor] = {}
     for batch in batches(features, wanted):
-        rows = _Terms.apply(name, batch, _early(batch, features), *features)
+        if in_graph(features):
+            rows = _Terms.apply(name, batch, _early(batch, features), *features)
+        else:
+            rows = _forward(name, features, *batch.operands, *batch.options)[0]
         found |= batch.values(rows.unbind(0))
     return [found[place] for place in range(len(wanted))]
 
@@ -165,8 +168,7 @@ def _early(batch: Batch, features: Sequence[Tensor]) -> bool:
     """
     worthwhile = batch.one_imitation and not batch.outside
     exact = all(x.dtype != torch.float16 for x in features)
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in features)
-    return worthwhile and exact and wanted and not torch.compiler.is_compiling()
+    return worthwhile and exact and not torch.compiler.is_compiling()
 
 
 def fused_vjp(name: str, features: list[Tensor], wanted: Wanted) -> tuple[list[Tensor], VJP]:

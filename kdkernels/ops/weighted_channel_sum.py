@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, as_pyramid, check_choice, level_shapes, pack, unpack
+from ..pyramid import Pyramid, as_pyramid, check_choice, in_graph, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
 
 ACTIVATIONS = ("raw", "abs")
@@ -89,7 +89,8 @@ def fused(
     if not levels:
         return [], [], []
     w = pack([weight.detach().float() for weight in weights])
-    raw = _WeightedChannelSum.apply(name, w, activation == "abs", *levels)
+    absolute = activation == "abs"
+    raw = _WeightedChannelSum.apply(name, w, absolute, *levels) if in_graph(levels) else _forward(name, list(levels), w, absolute)
     maps = unpack(rectified(raw, rectify), [(level.shape[0], *level.shape[2:]) for level in levels])
     return maps, [r.amin((1, 2)) for r in maps], [r.amax((1, 2)) for r in maps]
 
