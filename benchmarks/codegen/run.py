@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,7 +105,8 @@ def _worker(options: Sequence[str]) -> dict[str, Any]:
 
 def to_json(results: dict[str, Any]) -> str:
     """A line a record, for `git diff`."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items() if not isinstance(value, list)]
+    short = partial(json.dumps, separators=(",", ":"))
+    lines = [f"{short(name)}:{short(value)}" for name, value in results.items() if not isinstance(value, list)]
     for name in ("kernels", "operators"):
-        lines.append(f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(record) for record in results[name]) + "\n]")
+        lines.append(f"{short(name)}:[\n" + ",\n".join(map(short, results[name])) + "\n]")
     return "{" + ",\n".join(lines) + "}\n"
