@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "triton", "native")
+#: Pixels of a map, from which on the Triton kernels do not take it: 4096 x 4096.
+MOST_PIXELS = 1 << 24
 logger = logging.getLogger("kdkernels")
 
 
@@ -138,6 +140,8 @@ def _refusal(backend: str, primitive: str, tensors: Sequence[Tensor], args: Sequ
     for x in tensors:
         if found.dtypes is not None and x.dtype not in found.dtypes:
             return f"it does not take {str(x.dtype).removeprefix('torch.')}"
+        if x.dim() >= 3 and x.shape[-2] * x.shape[-1] >= MOST_PIXELS:
+            return f"it takes maps of fewer than {MOST_PIXELS} pixels, got {x.shape[-2]} x {x.shape[-1]}"
     return found.refuses(*args)
 
 

@@ -107,7 +107,9 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
 
     levels: at least one, all of one dtype.
     """
-    if not torch.compiler.is_compiling() and not any(x.requires_grad for x in levels):
+    # While tensors only stand for others (fake, meta) there is no memory to look at.
+    real = not torch.compiler.is_compiling() and type(levels[0]) is Tensor and not levels[0].is_meta
+    if real and not any(x.requires_grad for x in levels):
         first, end = levels[0], levels[0].data_ptr()
         storage = first.untyped_storage().data_ptr()
         for x in levels:

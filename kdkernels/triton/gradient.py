@@ -313,7 +313,8 @@ def _kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["images"])
+# `values` is a row of a larger result: whether it begins on 16 bytes depends on the batch.
+@triton.jit(do_not_specialize=["images"], do_not_specialize_on_alignment=["values"])
 def _sum_parts(parts, values, images, indices, ends, tiles, BLOCK: tl.constexpr):
     """A program a level and image: half the sum of what its tiles left, in a fixed order."""
     level = tl.program_id(0) // images

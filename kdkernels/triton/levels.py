@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import MOST_PIXELS
+
 #: Levels of one launch. Pyramids with more take several launches.
 MOST_LEVELS = 6
 #: Makes an integer one of 64 bits for Triton, which goes by its value.
@@ -47,7 +49,12 @@ class Sizes(NamedTuple):
 
 
 def launches(images: int, channels: Sequence[int], pixels: Sequence[int]) -> Iterator[Sizes]:
-    """The launches of one pass: levels from the largest to the smallest, `MOST_LEVELS` at a time."""
+    """The launches of one pass: levels from the largest to the smallest, `MOST_LEVELS` at a time.
+
+    Raises ValueError for a map of `MOST_PIXELS` or more, within a few rows of which kernels count in 32 bits.
+    """
+    if max(pixels, default=0) >= MOST_PIXELS:
+        raise ValueError(f"a map of {max(pixels)} pixels, where the kernels take fewer than {MOST_PIXELS}")
     first_channel = [0, *accumulate(images * c for c in channels)]
     first_pixel = [0, *accumulate(images * p for p in pixels)]
     order = sorted(range(len(pixels)), key=lambda i: -channels[i] * pixels[i])
@@ -86,13 +93,16 @@ def sizes_of(levels: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
     return levels[0].shape[0], [x.shape[1] for x in levels], [x.shape[2] * x.shape[3] for x in levels]
 
 
-def arrange(*pyramids: Sequence[Tensor]) -> tuple[bool, list[list[Tensor]]]:
+def arrange(*pyramids: Sequence[Tensor], most_channels: int | None = None) -> tuple[bool, list[list[Tensor]]]:
     """Whether all is read as channels_last, and the pyramids with every level dense in that layout.
 
-    The layout is that of the first pyramid's largest level. A level that is not dense in it is copied: a slice with gaps, the other layout.
+    The layout is that of the first pyramid's largest level, or contiguous if a level has more than `most_channels` channels. A level that
+    is not dense in it is copied: a slice with gaps, the other layout.
     """
     largest = max(pyramids[0], key=torch.numel)
     last = not largest.is_contiguous() and largest.is_contiguous(memory_format=torch.channels_last)
+    if most_channels is not None and max(x.shape[1] for x in pyramids[0]) > most_channels:
+        last = False
     return last, [[x.contiguous(memory_format=_FORMATS[last]) for x in levels] for levels in pyramids]
 
 

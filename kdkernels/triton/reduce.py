@@ -23,8 +23,10 @@ from torch import Tensor
 from . import launch
 from .levels import Sizes, alike, arrange, integers, launches, locate, offsets, pick, pick_integer, pick_offset, sizes_of
 
-#: A channels_last row lies in the registers of one program.
+#: A channels_last row lies in the registers of one program. Where one is longer, the pyramid is copied to contiguous levels.
 MOST_CHANNELS = 4096
+#: Rows of a contiguous band that a program reads at a time.
+MOST_ROWS = 128
 
 
 class ChannelParts(NamedTuple):
@@ -60,12 +62,9 @@ def reduce(
     error (with target):      sum_c error_channel * (x - target)^2; error_channel None is 1
     channel (abs, signed):    sums over a band's pixels of |x| or x
     target: levels of x's shapes; weights, error_channel: packed (N, C), fp32.
-    Raises ValueError for a channels_last level of more than 4096 channels.
     """
     images, channels, pixels = sizes_of(x)
-    last, (levels, *others) = arrange(x) if target is None else arrange(x, target)
-    if last and max(channels) > MOST_CHANNELS:
-        raise ValueError(f"channels_last levels of more than {MOST_CHANNELS} channels are not supported; got {max(channels)}")
+    last, (levels, *others) = arrange(x, *(() if target is None else (target,)), most_channels=MOST_CHANNELS)
     constants = launch.parameters("reduce", heuristic, levels, last)
     tiles = tuple(triton.cdiv(p, constants["PIXELS"]) for p in pixels)
     first_parts = list(accumulate((images * t * c for t, c in zip(tiles, channels, strict=True)), initial=0))
@@ -79,6 +78,9 @@ def reduce(
     for sizes, width in _launches(x, [levels, *others], constants["PIXELS"], last) if images else ():
         bands = tuple(tiles[i] for i in sizes.indices)
         block = width // constants["PIECES"]
+        rows = max(1, 32 * constants["num_warps"] * vector // block)
+        if not last and rows * constants["UNROLL"] > MOST_ROWS:
+            raise ValueError(f"launch parameters {constants} read {rows * constants['UNROLL']} rows at a time, more than {MOST_ROWS}")
         _reduce[(sizes.programs(bands)[-1],)](
             sizes.of(levels),
             sizes.of(others[0]) if others else None,
@@ -100,7 +102,7 @@ def reduce(
             CHANNEL=channel,
             VECTOR=vector,
             BLOCK=block,
-            ROWS=max(1, 32 * constants["num_warps"] * vector // block),
+            ROWS=rows,
             **constants,
         )
     return Sums(raw, absolutes, error, None if parts is None else ChannelParts(parts, tiles))
@@ -252,6 +254,7 @@ def _read(
         column += first
         start = n.to(tl.int64) * C * inner
     inside = column < inner
+    # In 32 bits, which spares registers: `MOST_ROWS` rows of `MOST_PIXELS` fit.
     offset = row[:, None, :, None] * inner + column[None, :, None, :]
     x += start
     if target is not None:
