@@ -1,4 +1,4 @@
-"""`kdkernels bench list`: what can be measured, and by whom."""
+"""`kdkernels bench list`: what can be measured, by whom, and what to expect of kdkernels' own kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import argparse
 import torch
 
 from .providers import absent, providers
-from .registry import ENTRIES, QUICK, Case, all_cases
+from .registry import ENTRIES, QUICK, Case, Entry, all_cases
+from .registry.predicted import ASSUMED_BANDWIDTH, launches, milliseconds, units
+from .report.text import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +27,17 @@ def main(args: argparse.Namespace) -> int:
     print(f"providers on {device}")
     for name, provider in providers().items():
         print(f"  {name:24} {absent(provider, device) or 'runs here'}")
+    print(f"predicted for triton at {Case().name}: units (pyramids) moved, and milliseconds")
+    print(f"  at {number(ASSUMED_BANDWIDTH / 1e12)} TB/s, an assumption for an H200")
+    print("  besides: some microseconds of the host a launch, and PyTorch's own operations on maps and vectors, which are not listed")
+    for entry in ENTRIES.values():
+        for mode in entry.modes:
+            print(_prediction(entry, mode, Case()))
     return 0
+
+
+def _prediction(entry: Entry, mode: str, case: Case) -> str:
+    made = launches(entry.name, case, mode)
+    moved = f"{units(entry.name, case, mode):.3g} units (least {entry.units[mode]:.3g})"
+    kernels = ", ".join(f"{launch.kernel} {launch.units:.3g}" if launch.units else launch.kernel for launch in made)
+    return f"  {entry.name}, {mode}: {moved}, {number(milliseconds(entry.name, case, mode))} ms, launches: {len(made)}\n    {kernels}"

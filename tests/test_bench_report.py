@@ -13,6 +13,7 @@ from bench_records import DISTANCES, kernel, kernels, provenance, step, steps
 
 from benchmarks.measure.records import append
 from benchmarks.registry import Case
+from benchmarks.registry.predicted import SHORTEST_MS
 from benchmarks.report import run, speed_of_light
 from benchmarks.report.cells import Cell, cells, light_ms, mean_speed_up
 from benchmarks.report.kernels import cell_table, not_measured, one_case, overview
@@ -110,6 +111,18 @@ def test_speed_of_light_is_of_primitives_and_of_the_whole() -> None:
     table = speed_of_light.speed_of_light(cells([*records, kernel("eager", 64.2)]), Case())
     assert table is not None
     assert [row[0] for row in table.rows] == ["gkd_bmfi, backward", "attention, backward"]
+
+
+def test_the_prediction_stands_beside_what_was_measured() -> None:
+    """Seven units at 10 GB/s, and ten launches over maps and vectors only."""
+    records = [kernel("eager", 64.2), kernel("triton", 40.0), kernel("eager", 64.2, mode="inline"), kernel("triton", mode="inline")]
+    table = speed_of_light.speed_of_light(cells(records), Case())
+    assert table is not None and table.columns[-2:] == ["triton ms", "predicted ms"]
+    expected = number(7 * Case().unit / 10e9 * 1e3 + 10 * SHORTEST_MS)
+    assert [row[-2:] for row in table.rows] == [["40.0", expected], ["absent", "absent"]]
+    assert sum(note.startswith("Predicted: ") for note in table.notes) == 1
+    gone = speed_of_light.speed_of_light(cells([kernel("triton", 40.0, entry="gone", entry_kind="primitive")]), Case())
+    assert gone is not None and gone.rows[0][-2:] == ["40.0", ""]
 
 
 def test_rejected_and_absent_providers_are_named_with_their_reason() -> None:

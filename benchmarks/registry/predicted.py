@@ -1,113 +1,121 @@
-"""What kdkernels' own fused kernels move: their launches and the pyramids that each reads and writes, written down before any measurement.
+"""What kdkernels' own kernels move, written down before any measurement: the launches of the Triton backend and the pyramids of each.
 
-The least that anybody must move is `Entry.units`; this is what the kernels of the Triton backend do move. From it and a bandwidth follows
-the time that is expected of them.
+`Entry.units` is the least that anybody must move; this is what these kernels do move. With a bandwidth it gives the time to expect of
+them. tests/test_predicted.py holds it against what the launchers ask for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from .case import Case
-from .entry import Entry
 
-#: Milliseconds of a launch that moves next to nothing, besides its share of the bandwidth: an assumption to be measured.
-SMALL_LAUNCH_MS = 0.003
-#: Bytes a second of a large copy on an H200, whose data sheet says 4.8e12: an assumption, replaced by the measured one in reports.
+#: What no launch takes less than, in milliseconds. Not measured yet.
+SHORTEST_MS = 0.003
+#: Bytes a second of a large copy on an H200, whose data sheet says 4.8e12. Not measured yet; reports take what their run measured.
 ASSUMED_BANDWIDTH = 4.2e12
 
 
 class Launch(NamedTuple):
-    """units: pyramids read and written; 0 for a launch over maps and channel vectors only."""
+    """kernel: names of its file in kdkernels/triton and of its function, or torch. and an operator of PyTorch's own
+
+    units: pyramids read and written; 0 over maps and channel vectors only
+    """
 
     kernel: str
     units: float
 
 
-_MEAN = (Launch("reduce", 1), Launch("channel_sums", 0))
-_READ_TEACHER = (Launch("reduce", 1), Launch("attention", 0))
-_MASK = (Launch("box_mask", 0),)
-#: Values and gradient of an imitation come from one pass when the gradient is made in the forward: student, teacher, gradient.
-_EARLY = (Launch("terms_backward", 0), Launch("gradient", 3), Launch("row_sums", 0))
-#: The backward pass then looks at d and finds 1.
-_UNCHANGED = (Launch("terms_backward", 0), Launch("gradient", 0))
-#: At another power of two it multiplies what it finds.
-_SCALED = (Launch("terms_backward", 0), Launch("gradient", 2))
-_STUDENT = (Launch("reduce", 1), Launch("terms", 0))
-_STUDENT_AND_TEACHER = (Launch("reduce", 2), Launch("terms", 0))
+class Passes(NamedTuple):
+    """Launches for the values, and behind them those for the gradient."""
 
-_BMFI_TEACHER = (*_READ_TEACHER, *_MASK)
-_GKD_TEACHER = (*_MEAN, Launch("reduce", 1))
-_BOTH_TEACHERS = (*_MEAN, *_BMFI_TEACHER)
-_GKD_BACKWARD = (Launch("terms_backward", 0), Launch("gradient", 1))
+    forward: tuple[Launch, ...]
+    backward: tuple[Launch, ...] = ()
 
-#: Entry -> mode -> launches.
-PREDICTED: Mapping[str, Mapping[str, tuple[Launch, ...]]] = {
-    "channel_mean": {"forward": _MEAN},
-    "weighted_channel_sum": {"forward": (Launch("reduce", 1),), "backward": (Launch("reduce", 1), Launch("gradient", 1))},
-    "attention": {"forward": _READ_TEACHER, "backward": (*_READ_TEACHER, Launch("attention_backward", 0), Launch("gradient", 2))},
-    "feature_imitation": {
-        "forward": _STUDENT_AND_TEACHER,
-        "backward": (*_EARLY, *_UNCHANGED),
-        "backward_scaled": (*_EARLY, *_SCALED),
-    },
-    "map_distance": {"forward": (Launch("map_distance", 0),), "backward": (Launch("map_distance", 0), Launch("map_distance_backward", 0))},
-    "box_mask": {"forward": _MASK},
-    "gkd": {
-        "forward": (*_GKD_TEACHER, *_MEAN, *_STUDENT),
-        "backward": (*_GKD_TEACHER, *_MEAN, *_STUDENT, *_GKD_BACKWARD),
-        "inline": (*_GKD_TEACHER, *_MEAN, *_STUDENT, Launch("terms_backward", 0), Launch("gradient", 2)),
-    },
-    "gkd_imitation": {
-        # The channel factors are made of the means of G_T again, beside those of the map.
-        "forward": (*_GKD_TEACHER, *_MEAN, *_STUDENT_AND_TEACHER),
-        "backward": (*_GKD_TEACHER, *_MEAN, *_EARLY, *_UNCHANGED),
-        "backward_scaled": (*_GKD_TEACHER, *_MEAN, *_EARLY, *_SCALED),
-        "inline": (*_GKD_TEACHER, *_MEAN, *_STUDENT_AND_TEACHER, Launch("terms_backward", 0), Launch("gradient", 4)),
-    },
-    "bmfi": {
-        "forward": (*_BMFI_TEACHER, *_STUDENT_AND_TEACHER),
-        "backward": (*_BMFI_TEACHER, *_STUDENT, *_EARLY, *_UNCHANGED),
-        "backward_scaled": (*_BMFI_TEACHER, *_STUDENT, *_EARLY, *_SCALED),
-        "inline": (*_BMFI_TEACHER, *_STUDENT_AND_TEACHER, Launch("terms_backward", 0), Launch("gradient", 4)),
-    },
-    "gkd_bmfi": {
-        "forward": (*_BOTH_TEACHERS, *_MEAN, *_STUDENT_AND_TEACHER),
-        "backward": (*_BOTH_TEACHERS, *_MEAN, *_STUDENT, *_EARLY, *_UNCHANGED),
-        "backward_scaled": (*_BOTH_TEACHERS, *_MEAN, *_STUDENT, *_EARLY, *_SCALED),
-        # The values are wanted too, and come before the gradient: student and teacher are read once more.
-        "inline": (*_BOTH_TEACHERS, *_MEAN, *_STUDENT_AND_TEACHER, Launch("terms_backward", 0), Launch("gradient", 4)),
-    },
+
+_READ, _READ_BOTH = Launch("reduce.reduce", 1), Launch("reduce.reduce", 2)
+_MEAN = (_READ, Launch("reduce.channel_sums", 0))
+_ATTENTION = (_READ, Launch("attention.attention_kernel", 0))
+_MASK = Launch("box_mask.rasterise", 0)
+_VALUES, _SLOPES = Launch("terms.terms_kernel", 0), Launch("terms.terms_backward_kernel", 0)
+
+
+def _write(units: float) -> Launch:
+    return Launch("gradient.kernel", units)
+
+
+def _by_level(case: Case, kernel: str, units: int) -> list[Launch]:
+    """A launch a level, each of which moves its level's share of the units."""
+    return [Launch(kernel, units * height * width / case.pixels) for height, width in case.level_sizes]
+
+
+def _terms(
+    case: Case, mode: str, before: tuple[Launch, ...] = (), reads: bool = True, imitates: bool = True, weighted: bool = False
+) -> Passes:
+    """Terms of the student's features.
+
+    before: what is launched for the teacher's side and the weights;   reads: a term needs the student before its gradient can be written
+    imitates: student and teacher are compared;   weighted: what multiplies the terms is not in the kernels, so that they never see d = 1
+    """
+    gradient = 3 if imitates else 1  # besides the gradient itself the student and the teacher
+    if imitates and mode in ("backward", "backward_scaled") and case.dtype != "fp16":
+        # The error and the gradient for d = 1 come from one pass. The backward pass looks at d and makes the gradient again if it differs.
+        values = (_READ, _VALUES) if reads else ()
+        early = (_SLOPES, _write(gradient), Launch("gradient.sum_parts", 0))
+        right = mode == "backward" and not weighted
+        return Passes((*before, *values, *early), (Launch("terms.all_ones", 0), _SLOPES, _write(0 if right else gradient)))
+    values = (_READ_BOTH if imitates else _READ, _VALUES)
+    return Passes((*before, *values), (_SLOPES, _write(gradient + (mode == "inline"))))
+
+
+def _gkd_imitation(case: Case, mode: str) -> Passes:
+    # For the channel factors the teacher's gradients are read again, level by level.
+    factors = [launch for read in _by_level(case, _READ.kernel, 1) for launch in (read, *_MEAN[1:])]
+    return _terms(case, mode, (*_MEAN, _READ, *factors), reads=False)
+
+
+def _separate(case: Case, mode: str) -> Passes:
+    """Autograd goes back in the reverse order and adds the two gradients."""
+    gkd, bmfi = PREDICTED["gkd"](case, mode), PREDICTED["bmfi"](case, mode)
+    return Passes(gkd.forward + bmfi.forward, (*bmfi.backward, *gkd.backward, *_by_level(case, "torch.add", 3)))
+
+
+def _always(*forward: Launch, backward: tuple[Launch, ...] = ()) -> Callable[[Case, str], Passes]:
+    return lambda case, mode: Passes(forward, backward)
+
+
+#: Entry -> its passes at a case, in a mode.
+PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
+    "channel_mean": _always(*_MEAN),
+    "weighted_channel_sum": _always(_READ, backward=(_write(1),)),
+    "attention": _always(*_ATTENTION, backward=(Launch("attention.attention_backward_kernel", 0), _write(2))),
+    "feature_imitation": partial(_terms, reads=False),
+    "map_distance": _always(
+        Launch("map_distance.map_distance_kernel", 0), backward=(Launch("map_distance.map_distance_backward_kernel", 0),)
+    ),
+    "box_mask": _always(_MASK),
+    "gkd": partial(_terms, before=(*_MEAN, _READ, *_MEAN), imitates=False),
+    "gkd_imitation": _gkd_imitation,
+    "bmfi": partial(_terms, before=(*_ATTENTION, _MASK)),
+    "aid_bmfi": partial(_terms, before=(*_ATTENTION, _MASK), weighted=True),
+    "gkd_bmfi": partial(_terms, before=(*_MEAN, *_ATTENTION, _MASK, *_MEAN)),
+    "gkd_bmfi_separate": _separate,
 }
 
 
-def launches(entry: Entry, case: Case, mode: str) -> tuple[Launch, ...] | None:
-    """The launches of one call; None where none were written down.
-
-    fp16 has no gradient in the forward pass: student and teacher are read for the values and again for the gradient, whatever d is.
-    """
-    name = {"aid_bmfi": "bmfi"}.get(entry.name, entry.name)
-    modes = PREDICTED.get(name, {})
-    found = modes.get(mode, modes.get("backward") if mode == "backward_scaled" else None)
-    if found is None or case.dtype != "fp16" or not set(_EARLY) <= set(found):
-        return found
-    kept = found[: found.index(_EARLY[0])]
-    student = tuple(Launch("reduce", 2) if launch == _STUDENT[0] and k == len(kept) - 2 else launch for k, launch in enumerate(kept))
-    values = () if student != kept else _STUDENT_AND_TEACHER
-    return (*student, *values, Launch("terms_backward", 0), Launch("gradient", 3))
+def launches(entry: str, case: Case, mode: str) -> tuple[Launch, ...]:
+    """Those of one call, in their order."""
+    passes = PREDICTED[entry](case, mode)
+    return passes.forward if mode == "forward" else passes.forward + passes.backward
 
 
-def units(entry: Entry, case: Case, mode: str) -> float | None:
-    """Pyramids moved by one call; None where it was not written down."""
-    found = launches(entry, case, mode)
-    return None if found is None else sum(launch.units for launch in found)
+def units(entry: str, case: Case, mode: str) -> float:
+    """Pyramids that one call moves."""
+    return sum(launch.units for launch in launches(entry, case, mode))
 
 
-def milliseconds(entry: Entry, case: Case, mode: str, bandwidth: float = ASSUMED_BANDWIDTH) -> float | None:
-    """Expected time of one call at `bandwidth` bytes a second; None where nothing was written down."""
-    found = launches(entry, case, mode)
-    if found is None:
-        return None
-    large = sum(launch.units for launch in found) * case.unit / bandwidth * 1e3
-    return large + SMALL_LAUNCH_MS * sum(launch.units == 0 for launch in found)
+def milliseconds(entry: str, case: Case, mode: str, bandwidth: float = ASSUMED_BANDWIDTH) -> float:
+    """Time to expect of one call on a device that moves `bandwidth` bytes a second."""
+    return sum(max(SHORTEST_MS, 1e3 * launch.units * case.unit / bandwidth) for launch in launches(entry, case, mode))

@@ -15,13 +15,16 @@ from kdkernels.report.tables import Table, to_markdown
 from .. import run
 from ..measure.records import default_path, newest, read
 from ..registry import ENTRIES, Case
-from .cells import Cell, Record, cells, distance, tried_names
+from ..registry.predicted import PREDICTED, SHORTEST_MS, milliseconds
+from .cells import Cell, Record, cells, distance, p50, tried_names
 from .kernels import not_measured, shown
 from .origin import where
 from .text import number
 
 #: Besides the primitives.
 METHODS = ("gkd_bmfi",)
+#: Whose launches were written down beforehand.
+OWN = "triton"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,10 @@ def _asked(args: argparse.Namespace) -> list[Record]:
 
 
 def speed_of_light(found: Iterable[Cell], case: Case) -> Table | None:
-    """A row a primitive (and the whole of GKD + BMFI) and mode: ideal bytes, units, milliseconds, and each provider's multiple of them."""
+    """A row a primitive (and the whole of GKD + BMFI) and mode: ideal bytes, units, milliseconds, and each provider's multiple of them.
+
+    Where the Triton backend was tried, also its milliseconds, measured and predicted.
+    """
     chosen = [cell for cell in found if cell.case == case and cell.tried and (cell.kind == "primitive" or cell.entry in METHODS)]
     if not chosen:
         return None
@@ -70,11 +76,27 @@ def speed_of_light(found: Iterable[Cell], case: Case) -> Table | None:
     for cell in chosen:
         multiples = [shown(cell, name, lambda record: number(distance(record), "x")) for name in names]
         ideal = [number(cell.ideal_bytes / 1e6), number(cell.units), number(cell.light_ms)]
-        rows.append([f"{cell.entry}, {cell.mode}", *ideal, *multiples])
+        row = [f"{cell.entry}, {cell.mode}", *ideal, *multiples]
+        if OWN in names:
+            row += [shown(cell, OWN, lambda record: number(p50(record))), shown(cell, OWN, lambda record: number(_predicted(record)))]
+        rows.append(row)
     origin = where([record for cell in chosen for record in cell.records.values()])
     notes = [
         "1.00x is the speed of light: the ideal bytes at the bandwidth of a copy, measured in the same run. "
         f"One unit is one pyramid, {number(case.unit / 1e6)} MB. {origin}",
         *not_measured(chosen),
     ]
-    return Table(f"Distance from the speed of light at {case.name}", ["", "ideal MB", "units", "ms", *names], rows, notes)
+    columns = ["", "ideal MB", "units", "ms", *names]
+    if OWN in names:
+        columns += [f"{OWN} ms", "predicted ms"]
+        notes.insert(
+            1, f"Predicted: what {OWN}'s launches move, at the same bandwidth, and at least {number(1e3 * SHORTEST_MS)} us a launch."
+        )
+    return Table(f"Distance from the speed of light at {case.name}", columns, rows, notes)
+
+
+def _predicted(record: Record) -> float | None:
+    """None for an entry that is no more."""
+    if record["entry"] not in PREDICTED:
+        return None
+    return milliseconds(record["entry"], Case(**record["case"]), record["mode"], 1e9 * record["copy_gb_per_s"])
