@@ -132,16 +132,17 @@ def _refusal(backend: str, primitive: str, tensors: Sequence[Tensor], args: Sequ
     if not _TRITON_INSTALLED:
         return _absent(backend)
     found = _implementations[backend][primitive]
-    devices = {x.device for x in tensors}
-    if len(devices) > 1:
-        return f"the tensors are on several devices ({', '.join(sorted(str(device) for device in devices))})"
-    if not tensors[0].is_cuda and not (_INTERPRETED and tensors[0].device.type == "cpu"):
-        return f"the tensors are on {tensors[0].device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+    device, dtypes = tensors[0].device, found.dtypes
+    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
+        return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
     for x in tensors:
-        if found.dtypes is not None and x.dtype not in found.dtypes:
+        if x.device != device:
+            return f"the tensors are on several devices ({', '.join(sorted({str(x.device) for x in tensors}))})"
+        if dtypes is not None and x.dtype not in dtypes:
             return f"it does not take {str(x.dtype).removeprefix('torch.')}"
-        if x.dim() >= 3 and x.shape[-2] * x.shape[-1] >= MOST_PIXELS:
-            return f"it takes maps of fewer than {MOST_PIXELS} pixels, got {x.shape[-2]} x {x.shape[-1]}"
+        shape = x.shape
+        if len(shape) >= 3 and shape[-2] * shape[-1] >= MOST_PIXELS:
+            return f"it takes maps of fewer than {MOST_PIXELS} pixels, got {shape[-2]} x {shape[-1]}"
     return found.refuses(*args)
 
 

@@ -34,16 +34,19 @@ def as_pyramid(name: str, x: Any, optional: bool = False) -> tuple[list[Any], li
         names, levels = [str(i) for i in range(len(x))], list(x)
     else:
         raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, one a level; got {type(x).__name__}")
-    given = [level for level in levels if not (optional and level is None)]
+    images: int | None = None
     for level, key in zip(levels, names, strict=True):
         if optional and level is None:
             continue
         if not isinstance(level, Tensor) or not level.is_floating_point():
             got = level.dtype if isinstance(level, Tensor) else type(level).__name__
             raise TypeError(f"{name}, level {key}: expected a floating-point tensor, got {got}")
-        if level.dim() != 4 or 0 in level.shape[1:]:
-            raise ValueError(f"{name}, level {key}: expected shape (N, C, H, W) with C, H and W at least 1, got {tuple(level.shape)}")
-        if level.shape[0] != given[0].shape[0]:
+        shape = level.shape
+        if len(shape) != 4 or 0 in shape[1:]:
+            raise ValueError(f"{name}, level {key}: expected shape (N, C, H, W) with C, H and W at least 1, got {tuple(shape)}")
+        if images is None:
+            images = shape[0]
+        if shape[0] != images:
             raise ValueError(f"{name}: levels have different batch sizes: {level_shapes(levels, names)}")
     return levels, names
 
@@ -62,22 +65,27 @@ def check_match(
 
     `a` and `b` hold tensors, shapes or None (which matches anything). Names are compared only when neither side has a list's names.
     """
-    sides = f"{name_a} has {level_shapes(a, names_a)}, {name_b} has {level_shapes(b, names_b)}"
+
+    def sides() -> str:
+        return f"{name_a} has {level_shapes(a, names_a)}, {name_b} has {level_shapes(b, names_b)}"
+
     if len(a) != len(b):
-        raise ValueError(f"{name_a} and {name_b} have different numbers of levels ({len(a)} and {len(b)}): {sides}")
-    listed = [str(i) for i in range(len(a))]
-    if list(names_a) != list(names_b) and listed not in (list(names_a), list(names_b)):
-        raise ValueError(f"{name_a} and {name_b} must have the same levels in the same order: {sides}")
+        raise ValueError(f"{name_a} and {name_b} have different numbers of levels ({len(a)} and {len(b)}): {sides()}")
+    if list(names_a) != list(names_b):
+        listed = [str(i) for i in range(len(a))]
+        if listed not in (list(names_a), list(names_b)):
+            raise ValueError(f"{name_a} and {name_b} must have the same levels in the same order: {sides()}")
     wanted = ["NCHW".index(axis) for axis in axes]
     for x, y, key in zip(a, b, names_a, strict=True):
         if x is None or y is None:
             continue
-        shape_x, shape_y = (tuple(v.shape if isinstance(v, Tensor) else v) for v in (x, y))
-        if any(shape_x[i] != shape_y[i] for i in wanted):
+        shape_x, shape_y = (v.shape if isinstance(v, Tensor) else v for v in (x, y))
+        if any([shape_x[i] != shape_y[i] for i in wanted]):
             hint = ""
             if set(axes) == set("NCHW") and shape_x[0] == shape_y[0] and name_b == "teacher_features":
                 hint = "; features are compared element by element: bring the student to the teacher's shape with an adapter"
-            raise ValueError(f"level {key}: {name_a} has shape {shape_x}, {name_b} has shape {shape_y}{hint} ({sides})")
+            got = f"{name_a} has shape {tuple(shape_x)}, {name_b} has shape {tuple(shape_y)}"
+            raise ValueError(f"level {key}: {got}{hint} ({sides()})")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -108,20 +116,39 @@ def pack(levels: Sequence[Tensor]) -> Tensor:
     levels: at least one, all of one dtype.
     """
     # While tensors only stand for others (fake, meta) there is no memory to look at.
+    if len(levels) == 1 and levels[0].is_contiguous():
+        return levels[0].reshape(-1)
     real = not torch.compiler.is_compiling() and type(levels[0]) is Tensor and not levels[0].is_meta
-    if real and not any(x.requires_grad for x in levels):
-        first, end = levels[0], levels[0].data_ptr()
-        storage = first.untyped_storage().data_ptr()
-        for x in levels:
-            if x.data_ptr() != end or not x.is_contiguous() or x.untyped_storage().data_ptr() != storage:
-                break
-            end += x.numel() * x.element_size()
-        else:
-            return first.as_strided((sum(x.numel() for x in levels),), (1,))
+    if real and _adjacent(levels):
+        return levels[0].as_strided((sum([x.numel() for x in levels]),), (1,))
     return torch.cat([x.reshape(-1) for x in levels])
 
 
-def unpack(packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+def _adjacent(levels: Sequence[Tensor]) -> bool:
+    """Whether the levels lie behind each other in one buffer, and need no gradient."""
+    itemsize = levels[0].element_size()
+    first = end = levels[0].data_ptr()
+    begin = first - levels[0].storage_offset() * itemsize
+    for x in levels:
+        at = x.data_ptr()
+        # Storages that begin at the same address are the same.
+        if at != end or x.requires_grad or not x.is_contiguous() or at - x.storage_offset() * itemsize != begin:
+            return False
+        end += x.numel() * itemsize
+    return True
+
+
+def constant(x: Tensor) -> Tensor:
+    """x in fp32 and outside of any graph."""
+    return (x.detach() if x.requires_grad else x).float()
+
+
+def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """a * b of every level: one multiplication for all, of the levels behind each other."""
+    return unpack(pack(a) * pack(b), [tuple(x.shape) for x in a]) if a else []
+
+
+def unpack(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The levels of these shapes in a 1-D buffer, as views."""
-    parts = packed.split([prod(shape) for shape in shapes])
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = packed.split_with_sizes([prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

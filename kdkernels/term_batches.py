@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops.map_distance import comparable
-from .pyramid import pack
+from .pyramid import constant, pack
 from .reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term
 
 _NO_MAP = (False, "none", "none", "none", "l1", 0.0, True, 1.0, "n")
@@ -158,7 +158,7 @@ def _packed(levels: Sequence[Tensor | None] | None, shapes: Sequence[tuple[int, 
     """Levels of these shapes in one fp32 buffer. One that is None becomes zeros, with which it contributes 0: a constant map, no weight."""
     if levels is None:
         return None
-    return pack([like.new_zeros(s, dtype=torch.float32) if x is None else x.detach().float() for x, s in zip(levels, shapes, strict=True)])
+    return pack([like.new_zeros(s, dtype=torch.float32) if x is None else constant(x) for x, s in zip(levels, shapes, strict=True)])
 
 
 def _factors(inside: Sequence[Factor], features: Sequence[Tensor]) -> Tensor | None:

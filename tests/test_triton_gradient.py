@@ -234,8 +234,9 @@ def test_addresses_beyond_2_to_the_31_elements(device, shape, monkeypatch):
 
 def _run_the_last_program_only(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     _, c, h, w = x.shape
-    tiles = module._tiles(c, h * w, 8, module._fitted(module.heuristic(x.dtype, False), h * w))
-    monkeypatch.setattr(module, "locate", lambda ends: (0, 3 * tiles - 1))
-    monkeypatch.setattr(levels.Sizes, "programs", lambda self, tiles: (1,))
+    blocks = module._fitted(module.heuristic(x.dtype, False), h * w)
+    (plan,) = module._plan(3, (c,), (h * w,), ((x.dtype,),), False, *(blocks[name] for name in module._BLOCKS))
+    monkeypatch.setattr(module, "_plan", lambda *_: (plan._replace(grid=(1,)),))
+    monkeypatch.setattr(module, "locate", lambda ends: (0, plan.grid[0] - 1))
     # The interpreter copies storages, which here lie on the CPU already, onto themselves.
     monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, source, *args: self)

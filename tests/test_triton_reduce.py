@@ -11,7 +11,8 @@ from triton_support import DEVICES, DTYPES, LAYOUTS, poisoned, pyramid, relative
 
 from kdkernels.pyramid import unpack
 from kdkernels.triton import launch
-from kdkernels.triton.reduce import ChannelParts, channel_sums, reduce
+from kdkernels.triton.channel_sums import ChannelParts, channel_sums
+from kdkernels.triton.reduce import reduce
 
 #: Two bands; odd sizes; aligned rows; one element.
 SHAPES = [(2, 20, 14, 19), (2, 3, 7, 11), (2, 16, 4, 8), (2, 1, 1, 1)]

@@ -36,7 +36,7 @@ class Passes(NamedTuple):
 
 
 _READ, _READ_BOTH = Launch("reduce.reduce", 1), Launch("reduce.reduce", 2)
-_MEAN = (_READ, Launch("reduce.channel_sums", 0))
+_MEAN = (_READ, Launch("channel_sums.channel_sums", 0))
 _ATTENTION = (_READ, Launch("attention.attention_kernel", 0))
 _MASK = Launch("box_mask.rasterise", 0)
 _VALUES, _SLOPES = Launch("terms.terms_kernel", 0), Launch("terms.terms_backward_kernel", 0)
@@ -51,29 +51,21 @@ def _by_level(case: Case, kernel: str, units: int) -> list[Launch]:
     return [Launch(kernel, units * height * width / case.pixels) for height, width in case.level_sizes]
 
 
-def _terms(
-    case: Case, mode: str, before: tuple[Launch, ...] = (), reads: bool = True, imitates: bool = True, weighted: bool = False
-) -> Passes:
+def _terms(case: Case, mode: str, before: tuple[Launch, ...] = (), reads: bool = True, imitates: bool = True) -> Passes:
     """Terms of the student's features.
 
     before: what is launched for the teacher's side and the weights;   reads: a term needs the student before its gradient can be written
-    imitates: student and teacher are compared;   weighted: what multiplies the terms is not in the kernels, so that they never see d = 1
+    imitates: student and teacher are compared
     """
     gradient = 3 if imitates else 1  # besides the gradient itself the student and the teacher
     if imitates and mode in ("backward", "backward_scaled") and case.dtype != "fp16":
         # The error and the gradient for d = 1 come from one pass. The backward pass looks at d and makes the gradient again if it differs.
         values = (_READ, _VALUES) if reads else ()
         early = (_SLOPES, _write(gradient), Launch("gradient.sum_parts", 0))
-        right = mode == "backward" and not weighted
-        return Passes((*before, *values, *early), (Launch("terms.all_ones", 0), _SLOPES, _write(0 if right else gradient)))
+        again = gradient if mode == "backward_scaled" else 0
+        return Passes((*before, *values, *early), (Launch("terms.all_ones", 0), _SLOPES, _write(again)))
     values = (_READ_BOTH if imitates else _READ, _VALUES)
     return Passes((*before, *values), (_SLOPES, _write(gradient + (mode == "inline"))))
-
-
-def _gkd_imitation(case: Case, mode: str) -> Passes:
-    # For the channel factors the teacher's gradients are read again, level by level.
-    factors = [launch for read in _by_level(case, _READ.kernel, 1) for launch in (read, *_MEAN[1:])]
-    return _terms(case, mode, (*_MEAN, _READ, *factors), reads=False)
 
 
 def _separate(case: Case, mode: str) -> Passes:
@@ -97,9 +89,9 @@ PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
     ),
     "box_mask": _always(_MASK),
     "gkd": partial(_terms, before=(*_MEAN, _READ, *_MEAN), imitates=False),
-    "gkd_imitation": _gkd_imitation,
+    "gkd_imitation": partial(_terms, before=(*_MEAN, _READ), reads=False),
     "bmfi": partial(_terms, before=(*_ATTENTION, _MASK)),
-    "aid_bmfi": partial(_terms, before=(*_ATTENTION, _MASK), weighted=True),
+    "aid_bmfi": partial(_terms, before=(*_ATTENTION, _MASK)),
     "gkd_bmfi": partial(_terms, before=(*_MEAN, *_ATTENTION, _MASK, *_MEAN)),
     "gkd_bmfi_separate": _separate,
 }

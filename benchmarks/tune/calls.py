@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.triton.channel_sums import channel_sums
 from kdkernels.triton.gradient import gradient
 from kdkernels.triton.levels import sizes_of
-from kdkernels.triton.reduce import channel_sums, reduce
+from kdkernels.triton.reduce import reduce
 
 from ..measure.memory import cache_bytes
 from ..measure.samples import MOST_SAMPLES

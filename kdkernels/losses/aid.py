@@ -103,6 +103,9 @@ class AIDLoss(ComposedLoss):
             return AIDSide(base, self._factor(levels, teacher_losses))
 
     def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
+        if self.shares():
+            # The weight belongs into the factors of the terms: outside of them it would be a second pass over the gradient.
+            return super().terms(student_features, side, student_gradients)
         terms = self.base.terms(student_features, side.base, student_gradients)
         return {name: value * side.weight for name, value in terms.items()}
 

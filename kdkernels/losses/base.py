@@ -133,7 +133,7 @@ class DistillationLoss(nn.Module):
 
     def _record(self, names: list[str], values: list[Tensor]) -> None:
         with torch.no_grad():
-            stacked = torch.stack([v.detach() for v in values])
+            stacked = torch.stack([v.detach() for v in values]) if len(values) > 1 else values[0].detach()[None]
             if stacked.numel() == 0:
                 return
             # x - x is 0 for every finite x and NaN for the others: half the launches of isfinite.

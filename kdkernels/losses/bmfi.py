@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.box_mask import background, check_mask_options
 from ..ops.terms import AttentionTerm, ImitationTerm
-from ..pyramid import Gradients, Pyramid, check_choice
+from ..pyramid import Gradients, Pyramid, check_choice, products
 from .base import level_masks
 from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
@@ -116,15 +116,15 @@ class BMFILoss(ComposedLoss):
                 own = ops.attention(features, self.temperature)
                 spatial = [(a + b) / 2 for a, b in zip(own[0], spatial, strict=True)]
                 channel = [(a + b) / 2 for a, b in zip(own[1], channel, strict=True)]
-        # The grains differ in their spatial weights only.
-        grains: dict[str, list[Tensor]] = {}
+        # The grains differ in their spatial weights and factors only.
+        grains: dict[str, tuple[list[Tensor], float]] = {}
         if side.mask is not None and self.alpha:
-            grains["region"] = [m * s * self.alpha for m, s in zip(side.mask, spatial, strict=True)]
+            grains["region"] = products(side.mask, spatial), self.alpha
         if self.lambda_:
-            grains["whole"] = [s * (self.lambda_ / (s.shape[1] * s.shape[2])) for s in spatial]
+            grains["whole"] = [s / (s.shape[1] * s.shape[2]) for s in spatial], self.lambda_
         if side.background is not None:
-            grains["background"] = [m * s * self.beta_bg for m, s in zip(side.background, spatial, strict=True)]
-        parts = {name: Part(ImitationTerm(side.features, weights, channel), factor) for name, weights in grains.items()}
+            grains["background"] = products(side.background, spatial), self.beta_bg
+        parts = {name: Part(ImitationTerm(side.features, weights, channel), factor * own) for name, (weights, own) in grains.items()}
         if self.gamma:
             parts["attention"] = Part(AttentionTerm(side.spatial, side.channel, self.temperature), factor * self.gamma)
         return parts

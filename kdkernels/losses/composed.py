@@ -31,8 +31,9 @@ class Reading(NamedTuple):
 
 
 class Read(NamedTuple):
-    """The answer to a Reading: maps (N, H, W), None where the weights are; attention S (N, H, W) and Ch (N, C)."""
+    """The answer to a Reading: its weights again, maps (N, H, W), None where the weights are; attention S (N, H, W) and Ch (N, C)."""
 
+    weights: list[Tensor | None] | None = None
     maps: list[Tensor | None] | None = None
     spatial: list[Tensor] | None = None
     channel: list[Tensor] | None = None
@@ -174,7 +175,7 @@ def _read_together(features: list[Tensor], readings: list[Reading]) -> list[Read
         t = reading.temperature
         if t is not None and t not in attentions:
             attentions[t] = ops.attention(features, t)
-        reads.append(Read(made_maps, *(attentions[t] if t is not None else (None, None))))
+        reads.append(Read(reading.weights, made_maps, *(attentions[t] if t is not None else (None, None))))
     return reads
 
 

@@ -170,7 +170,7 @@ class GKDLoss(ComposedLoss):
             return GKDSide(shapes, names, maps, boxes, image_size)
         gradients = self._gradients("teacher", given.get("teacher_gradients"), features, names)
         weights = self._spatial_weights(features, maps, boxes, image_size)
-        return GKDSide(shapes, names, weights, boxes, image_size, features, self._channel_factors(features, gradients))
+        return GKDSide(shapes, names, weights, boxes, image_size, features, self._channel_factors(features, gradients, read.weights))
 
     def parts(self, student_features: Pyramid, side: GKDSide, student_gradients: Gradients | None = None) -> dict[str, Part]:
         detached = self.grad_mode == "none"
@@ -204,14 +204,15 @@ class GKDLoss(ComposedLoss):
 
     def _weights(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         """Channel weights (N, C) of the levels with gradients, or a weight per element."""
-        keep = [i for i, g in enumerate(gradients) if g is not None]
-        given = [g for g in gradients if g is not None]
-        elementwise = self.channel_weight == "elementwise"
-        made = [accumulate(g).abs() for g in given] if elementwise else ops.channel_mean(given, self.channel_weight)
-        weights: list[Tensor | None] = [None] * len(gradients)
-        for i, w in zip(keep, made, strict=True):
-            weights[i] = w
-        return weights
+        if self.channel_weight == "elementwise":
+            return [None if g is None else accumulate(g).abs() for g in gradients]
+        return self._means(gradients, self.channel_weight)
+
+    @staticmethod
+    def _means(gradients: list[Tensor | None], mode: str) -> list[Tensor | None]:
+        """`channel_mean` of the levels with gradients."""
+        made = iter(ops.channel_mean([g for g in gradients if g is not None], mode))
+        return [None if g is None else next(made) for g in gradients]
 
     def _spatial_weights(
         self, features: list[Tensor], maps: list[Tensor | None], boxes: Any, image_size: tuple[int, int] | None
@@ -224,18 +225,21 @@ class GKDLoss(ComposedLoss):
         masks = level_masks(features, boxes, image_size)
         return [None if m is None else m * mask for m, mask in zip(weights, masks, strict=True)] if weights else list(masks)
 
-    def _channel_factors(self, features: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """|w_c| / sum_c |w_c| / (N H W): channel_c of mean 1, and the normaliser 1 / (N C H W)."""
-        mode = "signed" if self.channel_weight == "signed" else "abs"
+    def _channel_factors(
+        self, features: list[Tensor], gradients: list[Tensor | None], weights: list[Tensor | None] | None
+    ) -> list[Tensor | None]:
+        """|w_c| / sum_c |w_c| / (N H W): channel_c of mean 1, and the normaliser 1 / (N C H W); weights: the map's, if it has one."""
+        if weights is None or self.channel_weight == "elementwise":
+            weights = self._means(gradients, "signed" if self.channel_weight == "signed" else "abs")
         factors: list[Tensor | None] = []
-        for x, g in zip(features, gradients, strict=True):
-            if g is None:
+        for x, w in zip(features, weights, strict=True):
+            if w is None:
                 factors.append(None)
                 continue
-            w = ops.channel_mean([g], mode)[0].abs()
-            total = w.sum(1, keepdim=True)
+            size = w.abs()
+            total = size.sum(1, keepdim=True)
             elements = max(x.shape[0], 1) * x.shape[2] * x.shape[3]
-            factors.append(torch.where(total == 0, 0, w / torch.where(total == 0, 1, total)) / elements)
+            factors.append(torch.where(total == 0, 0, size / torch.where(total == 0, 1, total)) / elements)
         return factors
 
     @staticmethod

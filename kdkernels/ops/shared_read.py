@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, pack, unpack
+from ..pyramid import Pyramid, constant, pack, unpack
 from ..reference.shared_read import shared_read as reference
 from .attention import check_temperature, packed_attention, unpack_attention
 from .weighted_channel_sum import check_weights, rectified
@@ -44,7 +44,7 @@ def fused(
     """`shared_read` by the kernels of backend `name`; not differentiable."""
     if not x:
         return [], [], []
-    raw, spatial, channel = _forward(name, x, pack([v.detach().float() for v in w]), activation == "abs", temperature)
+    raw, spatial, channel = _forward(name, x, pack([constant(v) for v in w]), activation == "abs", temperature)
     return unpack(rectified(raw, rectify), [(a.shape[0], *a.shape[2:]) for a in x]), *unpack_attention(spatial, channel, x)
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..library import define
-from ..pyramid import Pyramid, as_pyramid, check_choice, in_graph, level_shapes, pack, unpack
+from ..pyramid import Pyramid, as_pyramid, check_choice, constant, in_graph, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
 
 ACTIVATIONS = ("raw", "abs")
@@ -88,7 +88,7 @@ def fused(
     """`weighted_channel_sum` by the kernels of backend `name`, for weights a channel, differentiable with respect to the levels only."""
     if not levels:
         return [], [], []
-    w = pack([weight.detach().float() for weight in weights])
+    w = pack([constant(weight) for weight in weights])
     absolute = activation == "abs"
     raw = _WeightedChannelSum.apply(name, w, absolute, *levels) if in_graph(levels) else _forward(name, list(levels), w, absolute)
     maps = unpack(rectified(raw, rectify), [(level.shape[0], *level.shape[2:]) for level in levels])

@@ -13,7 +13,6 @@ The exponents are differences of sums, so a sum too large for fp32 (or a NaN) ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import triton
@@ -21,8 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .channel_sums import part_offsets
 from .gradient import gradient
-from .levels import Sizes, integers, launches, locate, offsets, pick_integer, pick_offset, sign, sizes_of
+from .levels import (
+    Geometry,
+    Sizes,
+    ceil_div,
+    integers,
+    launches,
+    locate,
+    offsets,
+    pick_integer,
+    pick_offset,
+    power_of_2,
+    remembered,
+    sign,
+    sizes_of,
+)
 from .reduce import Sums, reduce
 
 #: Elements of the block that sums the parts of all channels over the tiles.
@@ -31,13 +45,8 @@ _PARTS_BLOCK = 8192
 
 def channel_blocks(channels: Sequence[int]) -> dict[str, int]:
     """BLOCK_C, all channels of any level, and BLOCK_TILES, the tiles whose parts are loaded at once."""
-    block = triton.next_power_of_2(max(channels))
+    block = power_of_2(max(channels))
     return {"BLOCK_C": block, "BLOCK_TILES": max(1, _PARTS_BLOCK // block)}
-
-
-def part_offsets(images: int, channels: Sequence[int], tiles: Sequence[int]) -> list[int]:
-    """Where each level begins in `ChannelParts.parts`, (N, tiles, C) a level."""
-    return [0, *accumulate(images * t * c for t, c in zip(tiles, channels, strict=True))][:-1]
 
 
 @triton.jit
@@ -225,17 +234,9 @@ def attention_of_sums(x: Sequence[Tensor], sums: Sums, temperature: float) -> tu
     if images == 0:
         return spatial, channel
     parts, tiles = sums.channel
-    first_parts = part_offsets(images, channels, tiles)
     options = launch.parameters("attention", _heuristic, x, False)
-    for sizes in launches(images, channels, pixels):
-        programs = _programs(sizes, options)
-        ends = sizes.programs(programs)
-        attention_kernel[(ends[-1],)](
-            sums.absolute, parts, spatial, channel, integers(sizes.pixels), integers(sizes.channels),
-            offsets(sizes.pixel_offsets), offsets(sizes.channel_offsets), offsets(first_parts[i] for i in sizes.indices),
-            integers(tiles[i] for i in sizes.indices), integers(programs), integers(ends), temperature,
-            **channel_blocks(sizes.channels), **options,
-        )  # fmt: skip
+    for grid, geometry, channel_widths in _plan(images, channels, pixels, tiles, options["BLOCK"] * options["STEPS"]):
+        attention_kernel[grid](sums.absolute, parts, spatial, channel, *geometry, temperature, **channel_widths, **options)
     return spatial, channel
 
 
@@ -246,13 +247,9 @@ def attention_backward(
     images, channels, pixels = sizes_of(x)
     of_pixel, of_channel = _packed(x[0], images * sum(pixels)), _packed(x[0], images * sum(channels))
     options = launch.parameters("attention_backward", _heuristic, x, False)
-    for sizes in launches(images, channels, pixels) if images else ():
-        programs = _programs(sizes, options)
-        ends = sizes.programs(programs)
-        attention_backward_kernel[(ends[-1],)](
-            spatial, channel, grad_spatial, grad_channel, of_pixel, of_channel,
-            integers(sizes.pixels), integers(sizes.channels), offsets(sizes.pixel_offsets), offsets(sizes.channel_offsets),
-            integers(programs), integers(ends), temperature, **options,
+    for grid, geometry in _backward_plan(images, channels, pixels, options["BLOCK"] * options["STEPS"]):
+        attention_backward_kernel[grid](
+            spatial, channel, grad_spatial, grad_channel, of_pixel, of_channel, *geometry, temperature, **options
         )  # fmt: skip
     return gradient(x, sign=(of_channel, of_pixel))
 
@@ -262,8 +259,39 @@ def _heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
     return {"BLOCK": 4096, "STEPS": 4, "num_warps": 16}
 
 
-def _programs(sizes: Sizes, options: dict[str, int]) -> tuple[int, ...]:
-    return tuple(1 + triton.cdiv(p, options["BLOCK"] * options["STEPS"]) for p in sizes.pixels)
+@remembered
+def _plan(
+    images: int, channels: tuple[int, ...], pixels: tuple[int, ...], tiles: tuple[int, ...], run: int
+) -> tuple[tuple[tuple[int], Geometry, dict[str, int]], ...]:
+    """Grid, geometry and blocks of channels of every launch. tiles: of the channel parts; run: pixels of a program."""
+    first_parts = part_offsets(images, channels, tiles)
+    found = []
+    for sizes in launches(images, channels, pixels):
+        parts = offsets(first_parts[i] for i in sizes.indices), integers(tiles[i] for i in sizes.indices)
+        grid, programs = _programs(sizes, run)
+        found.append((grid, (*_where(sizes), *parts, *programs), channel_blocks(sizes.channels)))
+    return tuple(found)
+
+
+@remembered
+def _backward_plan(images: int, channels: tuple[int, ...], pixels: tuple[int, ...], run: int) -> tuple[tuple[tuple[int], Geometry], ...]:
+    found = []
+    for sizes in launches(images, channels, pixels) if images else ():
+        grid, programs = _programs(sizes, run)
+        found.append((grid, (*_where(sizes), *programs)))
+    return tuple(found)
+
+
+def _where(sizes: Sizes) -> Geometry:
+    """The arguments pixels, channels, pixel_offsets and channel_offsets of both kernels."""
+    return integers(sizes.pixels), integers(sizes.channels), offsets(sizes.pixel_offsets), offsets(sizes.channel_offsets)
+
+
+def _programs(sizes: Sizes, run: int) -> tuple[tuple[int], Geometry]:
+    """The grid, and the arguments programs and ends."""
+    programs = tuple(1 + ceil_div(p, run) for p in sizes.pixels)
+    ends = sizes.programs(programs)
+    return (ends[-1],), (integers(programs), integers(ends))
 
 
 def _packed(like: Tensor, numel: int) -> Tensor:

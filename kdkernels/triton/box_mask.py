@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference.box_mask import FINEST_EDGE
 from . import launch
-from .levels import integers, launches, locate, offsets, pick_integer, pick_offset
+from .levels import Geometry, ceil_div, integers, launches, locate, offsets, pick_integer, pick_offset, remembered
 
 _ASSIGNED_FROM = tl.constexpr((2 * FINEST_EDGE) ** 2)
 _LOG2_E = tl.constexpr(1.4426950216293335)
@@ -222,8 +222,7 @@ def box_mask(
     boxes (N, M, 4) fp32, counts (N,) integers on the same device, image_size (height, width), sizes H_0, W_0, H_1, W_1, ...
     """
     images, most, _ = boxes.shape
-    rows, columns = sizes[::2], sizes[1::2]
-    pixels = [h * w for h, w in zip(rows, columns, strict=True)]
+    pixels = [h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
     masks = torch.empty(images * sum(pixels), dtype=torch.float32, device=boxes.device)
     if masks.numel() == 0:
         return masks
@@ -233,19 +232,15 @@ def box_mask(
     options = {**chosen, "enable_fp_fusion": False}
     profiled = kind in ("gaussian", "exponential")
     windowed = profiled or kind == "background"
-    for part in launches(images, [1] * len(pixels), pixels):
-        ends = part.programs([triton.cdiv(p, chosen["BLOCK"]) for p in part.pixels])
-        programs = (ends[-1],)
+    for programs, geometry, indices in _plan(images, tuple(sizes), chosen["BLOCK"]):
         empty_cells = masks.new_empty(programs) if kind == "background" else masks
-        sides = (integers(rows[i] for i in part.indices), integers(columns[i] for i in part.indices))
-        geometry = (*sides, offsets(part.pixel_offsets), integers(ends))
         _rasterise[programs](
             boxes,
             counts,
             masks,
             empty_cells,
             *geometry,
-            integers(part.indices),
+            indices,
             len(pixels),
             most,
             float(image_size[0]),
@@ -260,3 +255,16 @@ def box_mask(
         if kind == "background":
             _share[programs](masks, empty_cells, *geometry, **options)
     return masks
+
+
+@remembered
+def _plan(images: int, sizes: tuple[int, ...], block: int) -> tuple[tuple[tuple[int], Geometry, tuple[int, ...]], ...]:
+    """Of every launch the grid, the arguments rows, columns, starts and ends of both kernels, and indices."""
+    rows, columns = sizes[::2], sizes[1::2]
+    pixels = tuple(h * w for h, w in zip(rows, columns, strict=True))
+    found = []
+    for part in launches(images, (1,) * len(pixels), pixels):
+        ends = part.programs([ceil_div(p, block) for p in part.pixels])
+        sides = integers(rows[i] for i in part.indices), integers(columns[i] for i in part.indices)
+        found.append(((ends[-1],), (*sides, offsets(part.pixel_offsets), integers(ends)), integers(part.indices)))
+    return tuple(found)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .channel_sums import ChannelParts, channel_sums
 from .gradient import gradient
 from .levels import sizes_of
-from .reduce import ChannelParts, channel_sums, reduce
+from .reduce import reduce
 
 
 def channel_mean(x: Sequence[Tensor], absolute: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +11,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import parameters
-from .levels import Written, alike, arrange, integers, launches, locate, offsets, pick, pick_integer, pick_offset, sign, sizes_of
+from .levels import (
+    Geometry,
+    Sizes,
+    Types,
+    Written,
+    alike,
+    arrange,
+    ceil_div,
+    integers,
+    launches,
+    locate,
+    offsets,
+    pick,
+    pick_integer,
+    pick_offset,
+    power_of_2,
+    remembered,
+    sign,
+    sizes_of,
+    types_of,
+)
 
 #: Packed fp32 vectors (N, C) and maps (N, H*W); None for the neutral value.
 ChannelAndPixel = tuple[Tensor | None, Tensor | None]
@@ -49,29 +70,23 @@ def gradient(
         return written.results
     vectors, places = _placed([pair[::-1] if pair and last else pair for pair in (product, sign, error)])
     blocks = _fitted(parameters("gradient", heuristic, x, last), max(channels if last else pixels))
-    for sizes in alike(launches(images, channels, pixels), [x, *others]):
-        vector = 16 // min(levels[sizes.indices[0]].element_size() for levels in (x, *others))
-        by_channel, by_pixel = (sizes.channels, sizes.channel_offsets), (sizes.pixels, sizes.pixel_offsets)
-        (outer, outer_offsets), (inner, inner_offsets) = (by_pixel, by_channel) if last else (by_channel, by_pixel)
-        tiles = [_tiles(rows, columns, vector, blocks) for rows, columns in zip(outer, inner, strict=True)]
-        ends = sizes.programs(tiles)
-        parts = None if values is None else torch.empty(ends[-1], dtype=torch.float32, device=x[0].device)
-        _kernel[(ends[-1],)](
+    plan = _plan(images, channels, pixels, types_of([x, *others]), last, *(blocks[name] for name in _BLOCKS))
+    for sizes, grid, vector, geometry, left in plan:
+        parts = None if values is None else torch.empty(grid, dtype=torch.float32, device=x[0].device)
+        _kernel[grid](
             *(None if levels is None else sizes.of(levels) for levels in read),
             sizes.of(written.levels),
             vectors,
             parts,
             unless,
-            *(integers(group) for group in (ends, tiles, outer, inner)),
-            offsets(outer_offsets),
-            offsets(inner_offsets),
+            *geometry,
             PLACES=places,
             ABSOLUTE=absolute,
             VECTOR=vector,
             **blocks,
         )
         if parts is not None:
-            _sum_parts[(images * len(tiles),)](parts, values, images, integers(sizes.indices), integers(ends), integers(tiles), BLOCK=1024)
+            _sum_parts[(images * len(sizes.indices),)](parts, values, images, *left, BLOCK=1024)
     return written.done()
 
 
@@ -82,17 +97,54 @@ def heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
     return {"BLOCK_OUTER": 8, "BLOCK_INNER": 256, "STEPS": 4, "BLOCK_FLAT": 1024, "num_warps": 4}
 
 
+#: The parameters that decide about the number of programs.
+_BLOCKS = ("BLOCK_OUTER", "BLOCK_INNER", "STEPS", "BLOCK_FLAT")
+
+
 def _fitted(blocks: dict[str, int], widest: int) -> dict[str, int]:
     """Tiles of as many elements, no wider than the widest level needs."""
-    width = min(blocks["BLOCK_INNER"], triton.next_power_of_2(widest))
+    width = min(blocks["BLOCK_INNER"], power_of_2(widest))
     return {**blocks, "BLOCK_OUTER": blocks["BLOCK_OUTER"] * blocks["BLOCK_INNER"] // width, "BLOCK_INNER": width}
 
 
-def _tiles(outer: int, inner: int, vector: int, blocks: dict[str, int]) -> int:
-    """Programs of one image, as the kernel splits it."""
-    if inner % vector == 0:
-        return triton.cdiv(outer, blocks["BLOCK_OUTER"] * blocks["STEPS"]) * triton.cdiv(inner, blocks["BLOCK_INNER"])
-    return triton.cdiv(outer * inner, blocks["BLOCK_FLAT"])
+class _Launch(NamedTuple):
+    """vector: elements of 16 bytes;   geometry, left: the arguments of the two kernels that say where what is"""
+
+    sizes: Sizes
+    grid: tuple[int]
+    vector: int
+    geometry: Geometry
+    left: Geometry
+
+
+@remembered
+def _plan(
+    images: int,
+    channels: tuple[int, ...],
+    pixels: tuple[int, ...],
+    types: tuple[Types, ...],
+    last: bool,
+    block_outer: int,
+    block_inner: int,
+    steps: int,
+    block_flat: int,
+) -> tuple[_Launch, ...]:
+    def programs(rows: int, columns: int, vector: int) -> int:
+        """Of one image, as the kernel splits it."""
+        if columns % vector == 0:
+            return ceil_div(rows, block_outer * steps) * ceil_div(columns, block_inner)
+        return ceil_div(rows * columns, block_flat)
+
+    found = []
+    for sizes in alike(launches(images, channels, pixels), types):
+        vector = 16 // min(dtype.itemsize for dtype in types[sizes.indices[0]])
+        by_channel, by_pixel = (sizes.channels, sizes.channel_offsets), (sizes.pixels, sizes.pixel_offsets)
+        (outer, outer_offsets), (inner, inner_offsets) = (by_pixel, by_channel) if last else (by_channel, by_pixel)
+        tiles = [programs(rows, columns, vector) for rows, columns in zip(outer, inner, strict=True)]
+        ends = sizes.programs(tiles)
+        geometry = (*(integers(group) for group in (ends, tiles, outer, inner)), offsets(outer_offsets), offsets(inner_offsets))
+        found.append(_Launch(sizes, (ends[-1],), vector, geometry, (integers(sizes.indices), integers(ends), integers(tiles))))
+    return tuple(found)
 
 
 def _placed(pairs: Sequence[ChannelAndPixel | None]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -7,6 +7,7 @@ channels_last one. Small fp32 results of all levels lie packed in one buffer, le
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..backend import MOST_PIXELS
 
 #: Levels of one launch. Pyramids with more take several launches.
 MOST_LEVELS = 6
@@ -43,33 +42,54 @@ class Sizes(NamedTuple):
         """The levels of this launch."""
         return tuple(levels[i] for i in self.indices)
 
+    def only(self, places: Sequence[int]) -> Sizes:
+        """A launch of some of its levels."""
+        return Sizes(self.images, *(tuple(values[k] for k in places) for values in self[1:]))
+
     def programs(self, tiles: Sequence[int]) -> tuple[int, ...]:
         """Programs up to and including each level, given the tiles of an image of each: the last is the grid."""
         return tuple(accumulate(self.images * t for t in tiles))
 
 
-def launches(images: int, channels: Sequence[int], pixels: Sequence[int]) -> Iterator[Sizes]:
+#: For functions of sizes. A training loop calls with few, always the same; what is worked out anew in Python makes the GPU wait.
+remembered = lru_cache(maxsize=512)
+
+
+@remembered
+def launches(images: int, channels: tuple[int, ...], pixels: tuple[int, ...]) -> tuple[Sizes, ...]:
     """The launches of one pass: levels from the largest to the smallest, `MOST_LEVELS` at a time.
 
-    Raises ValueError for a map of `MOST_PIXELS` or more, within a few rows of which kernels count in 32 bits.
+    Raises ValueError for a map of 2^30 pixels or more, within which kernels count in 32 bits.
     """
-    if max(pixels, default=0) >= MOST_PIXELS:
-        raise ValueError(f"a map of {max(pixels)} pixels, where the kernels take fewer than {MOST_PIXELS}")
+    if max(pixels, default=0) >= 2**30:
+        raise ValueError(f"a map of {max(pixels)} pixels, where the kernels take fewer than 2^30")
     first_channel = [0, *accumulate(images * c for c in channels)]
     first_pixel = [0, *accumulate(images * p for p in pixels)]
     order = sorted(range(len(pixels)), key=lambda i: -channels[i] * pixels[i])
-    for start in range(0, len(order), MOST_LEVELS):
-        chosen = tuple(order[start : start + MOST_LEVELS])
-        yield Sizes(images, chosen, *(tuple(values[i] for i in chosen) for values in (channels, pixels, first_channel, first_pixel)))
+    groups = [tuple(order[start : start + MOST_LEVELS]) for start in range(0, len(order), MOST_LEVELS)]
+    return tuple(
+        Sizes(images, group, *(tuple(values[i] for i in group) for values in (channels, pixels, first_channel, first_pixel)))
+        for group in groups
+    )
 
 
-def alike(passes: Iterable[Sizes], pyramids: Sequence[Sequence[Tensor]]) -> Iterator[Sizes]:
+#: The arguments of a kernel that say where what is.
+Geometry = tuple[tuple[int, ...], ...]
+#: Types of a level in each of the pyramids that a launch reads and writes.
+Types = tuple[torch.dtype, ...]
+
+
+def types_of(pyramids: Sequence[Sequence[Tensor]]) -> tuple[Types, ...]:
+    """Of every level its types in these pyramids."""
+    return tuple(zip(*([x.dtype for x in levels] for levels in pyramids), strict=True))
+
+
+def alike(passes: Iterable[Sizes], types: Sequence[Types]) -> Iterator[Sizes]:
     """Levels of one type a launch, as pointers of one type are what a kernel can choose from."""
     for sizes in passes:
-        types = [tuple(levels[i].dtype for levels in pyramids) for i in sizes.indices]
-        for kind in dict.fromkeys(types):
-            chosen = [k for k, other in enumerate(types) if other == kind]
-            yield Sizes(sizes.images, *(tuple(values[k] for k in chosen) for values in sizes[1:]))
+        mine = [types[i] for i in sizes.indices]
+        for kind in dict.fromkeys(mine):
+            yield sizes.only([k for k, other in enumerate(mine) if other == kind])
 
 
 def integers(values: Iterable[int]) -> tuple[int, ...]:
@@ -88,9 +108,20 @@ def offsets(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(2 * value + 3 + _LONG for value in values)
 
 
-def sizes_of(levels: Sequence[Tensor]) -> tuple[int, list[int], list[int]]:
+def sizes_of(levels: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """N, and C and H*W of every level."""
-    return levels[0].shape[0], [x.shape[1] for x in levels], [x.shape[2] * x.shape[3] for x in levels]
+    shapes = [x.shape for x in levels]
+    return shapes[0][0], tuple([c for _, c, _, _ in shapes]), tuple([h * w for _, _, h, w in shapes])
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Tiles of `size` that hold `count`; triton.cdiv takes 5 us."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest power of 2 that is not less."""
+    return 1 << (count - 1).bit_length()
 
 
 def arrange(*pyramids: Sequence[Tensor], most_channels: int | None = None) -> tuple[bool, list[list[Tensor]]]:

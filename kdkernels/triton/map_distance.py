@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .levels import Sizes, integers, launches, locate, offsets, pick_integer, pick_offset, rectified, sign
+from .levels import Geometry, ceil_div, integers, launches, locate, offsets, pick_integer, pick_offset, rectified, remembered, sign
 
 STATE = 8
 #: The smallest normal fp32 number, torch.finfo(torch.float32).tiny.
@@ -306,11 +306,9 @@ def map_distance(
     rows = torch.empty(len(pixels), images, dtype=torch.float32, device=m_s.device)
     state = torch.empty(len(pixels), images, STATE, dtype=torch.float32, device=m_s.device)
     options = launch.parameters("map_distance", _forward_heuristic, [m_s], False)
-    for sizes in _launches(images, pixels):
-        ends = sizes.programs([1] * len(sizes.pixels))
-        map_distance_kernel[(ends[-1],)](
-            m_s, m_t, spatial, rows, state, images, integers(sizes.indices), integers(sizes.pixels),
-            offsets(sizes.pixel_offsets), integers(ends), eps, temperature,
+    for grid, where, _, ends in _plan(images, tuple(pixels), None):
+        map_distance_kernel[grid](
+            m_s, m_t, spatial, rows, state, images, *where, ends, eps, temperature,
             NORMALIZE=normalize, NORMALIZE_T=normalize_t, DISTANCE=distance, RELATIVE=relative, AVERAGE=average, **options,
         )  # fmt: skip
     return rows, state
@@ -323,19 +321,26 @@ def map_distance_backward(
     """The packed gradient of m_s for the gradient (L, N) of the distances, given the state that they left; eps is in the state."""
     result = torch.empty_like(m_s)
     options: dict[str, Any] = launch.parameters("map_distance_backward", _backward_heuristic, [m_s], False)
-    for sizes in _launches(images, pixels):
-        tiles = tuple(triton.cdiv(p, options["BLOCK"]) for p in sizes.pixels)
-        ends = sizes.programs(tiles)
-        map_distance_backward_kernel[(ends[-1],)](
-            m_s, m_t, spatial, state, grad, result, images, integers(sizes.indices), integers(sizes.pixels),
-            offsets(sizes.pixel_offsets), integers(tiles), integers(ends), temperature,
+    for grid, where, tiles, ends in _plan(images, tuple(pixels), options["BLOCK"]):
+        map_distance_backward_kernel[grid](
+            m_s, m_t, spatial, state, grad, result, images, *where, tiles, ends, temperature,
             NORMALIZE=normalize, NORMALIZE_T=normalize_t, DISTANCE=distance, AVERAGE=average, **options,
         )  # fmt: skip
     return result
 
 
-def _launches(images: int, pixels: Sequence[int]) -> Sequence[Sizes]:
-    return list(launches(images, [1] * len(pixels), pixels)) if images else []
+@remembered
+def _plan(
+    images: int, pixels: tuple[int, ...], block: int | None
+) -> tuple[tuple[tuple[int], Geometry, tuple[int, ...], tuple[int, ...]], ...]:
+    """Of every launch the grid, the arguments indices, pixels and pixel_offsets, the tiles of an image, and ends; block None: one tile."""
+    found = []
+    for sizes in launches(images, (1,) * len(pixels), pixels) if images else ():
+        tiles = tuple(1 if block is None else ceil_div(p, block) for p in sizes.pixels)
+        ends = sizes.programs(tiles)
+        where = integers(sizes.indices), integers(sizes.pixels), offsets(sizes.pixel_offsets)
+        found.append(((ends[-1],), where, integers(tiles), integers(ends)))
+    return tuple(found)
 
 
 def _forward_heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:

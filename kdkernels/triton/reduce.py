@@ -11,8 +11,7 @@ Channel sums of a band are partial; `channel_sums` adds the bands up in a fixed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,20 +19,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import MOST_PIXELS
 from . import launch
-from .levels import Sizes, alike, arrange, integers, launches, locate, offsets, pick, pick_integer, pick_offset, sizes_of
+from .channel_sums import ChannelParts, part_offsets
+from .levels import (
+    Geometry,
+    Sizes,
+    Types,
+    alike,
+    arrange,
+    ceil_div,
+    integers,
+    launches,
+    locate,
+    offsets,
+    pick,
+    pick_integer,
+    pick_offset,
+    power_of_2,
+    remembered,
+    sizes_of,
+    types_of,
+)
 
 #: A channels_last row lies in the registers of one program. Where one is longer, the pyramid is copied to contiguous levels.
 MOST_CHANNELS = 4096
 #: Rows of a contiguous band that a program reads at a time.
 MOST_ROWS = 128
-
-
-class ChannelParts(NamedTuple):
-    """Channel sums of every band. parts: fp32, 1-D, level after level (N, bands, C); tiles: bands of an image, a level."""
-
-    parts: Tensor
-    tiles: tuple[int, ...]
 
 
 class Sums(NamedTuple):
@@ -66,22 +78,18 @@ def reduce(
     images, channels, pixels = sizes_of(x)
     last, (levels, *others) = arrange(x, *(() if target is None else (target,)), most_channels=MOST_CHANNELS)
     constants = launch.parameters("reduce", heuristic, levels, last)
-    tiles = tuple(triton.cdiv(p, constants["PIXELS"]) for p in pixels)
-    first_parts = list(accumulate((images * t * c for t, c in zip(tiles, channels, strict=True)), initial=0))
+    read = [levels, *others]
+    plan = _plan(images, channels, pixels, types_of(read), last, constants["PIXELS"], constants["PIECES"], constants["num_warps"])
 
     def maps(wanted: bool) -> Tensor | None:
-        return torch.empty(images * sum(pixels), dtype=torch.float32, device=x[0].device) if wanted else None
+        return torch.empty(plan.pixels, dtype=torch.float32, device=x[0].device) if wanted else None
 
     raw, absolutes, error = maps(weights is not None), maps(spatial_abs), maps(target is not None)
-    parts = None if channel == "none" else torch.empty(first_parts[-1], dtype=torch.float32, device=x[0].device)
-    vector = 16 // min(level.element_size() for pyramid in (levels, *others) for level in pyramid)
-    for sizes, width in _launches(x, [levels, *others], constants["PIXELS"], last) if images else ():
-        bands = tuple(tiles[i] for i in sizes.indices)
-        block = width // constants["PIECES"]
-        rows = max(1, 32 * constants["num_warps"] * vector // block)
+    parts = None if channel == "none" else torch.empty(plan.parts, dtype=torch.float32, device=x[0].device)
+    for sizes, grid, rows, block, geometry in plan.launches:
         if not last and rows * constants["UNROLL"] > MOST_ROWS:
             raise ValueError(f"launch parameters {constants} read {rows * constants['UNROLL']} rows at a time, more than {MOST_ROWS}")
-        _reduce[(sizes.programs(bands)[-1],)](
+        _reduce[grid](
             sizes.of(levels),
             sizes.of(others[0]) if others else None,
             weights,
@@ -90,49 +98,16 @@ def reduce(
             absolutes,
             error,
             parts,
-            integers(sizes.programs(bands)),
-            integers(bands),
-            integers(sizes.channels),
-            integers(sizes.pixels),
-            offsets(sizes.channel_offsets),
-            offsets(sizes.pixel_offsets),
-            offsets(first_parts[i] for i in sizes.indices),
+            *geometry,
             LAST=last,
             ABSOLUTE=absolute,
             CHANNEL=channel,
-            VECTOR=vector,
+            VECTOR=plan.vector,
             BLOCK=block,
             ROWS=rows,
             **constants,
         )
-    return Sums(raw, absolutes, error, None if parts is None else ChannelParts(parts, tiles))
-
-
-def channel_sums(parts: ChannelParts, channels: Sequence[int], divisors: Sequence[int]) -> Tensor:
-    """Packed (N, C), fp32: the bands' channel sums added up, each level divided by its divisor.
-
-    channels, divisors: a level; the number of pixels as divisor gives the mean.
-    """
-    images = parts.parts.numel() // sum(t * c for t, c in zip(parts.tiles, channels, strict=True))
-    first_parts = list(accumulate((images * t * c for t, c in zip(parts.tiles, channels, strict=True)), initial=0))
-    out = parts.parts.new_empty(images * sum(channels))
-    constants = launch.parameters("channel_sums", sums_heuristic, [parts.parts], False)
-    # The pixels that order the levels of a launch are the bands here: the longest loop first.
-    for sizes in launches(images, channels, parts.tiles) if images else ():
-        blocks = tuple(triton.cdiv(c, constants["BLOCK"]) for c in sizes.channels)
-        _channel_sums[(sizes.programs(blocks)[-1],)](
-            parts.parts,
-            out,
-            integers(sizes.programs(blocks)),
-            integers(blocks),
-            integers(sizes.channels),
-            integers(sizes.pixels),
-            offsets(first_parts[i] for i in sizes.indices),
-            offsets(sizes.channel_offsets),
-            integers(divisors[i] for i in sizes.indices),
-            **constants,
-        )
-    return out
+    return Sums(raw, absolutes, error, None if parts is None else ChannelParts(parts, plan.tiles))
 
 
 def heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
@@ -142,21 +117,58 @@ def heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
     return {"PIXELS": 256, "PIECES": 1, "UNROLL": 4, "num_warps": 8}
 
 
-def sums_heuristic(dtype: torch.dtype, last: bool) -> dict[str, int]:
-    """32 channels are a cache line; 64 bands hide the latency of a loop over hundreds."""
-    return {"BANDS": 64, "BLOCK": 32, "num_warps": 4}
+class _Launch(NamedTuple):
+    sizes: Sizes
+    grid: tuple[int]
+    rows: int
+    block: int
+    geometry: Geometry
 
 
-def _launches(x: Sequence[Tensor], read: Sequence[Sequence[Tensor]], band: int, last: bool) -> Iterator[tuple[Sizes, int]]:
-    """The launches, and how many elements of the inner axis their programs cover.
+class _Plan(NamedTuple):
+    """What a read pass does about these sizes. pixels, parts: elements of a packed map and of the bands' sums; tiles: bands, a level."""
 
-    Channels_last levels of very different channels are launched apart: a program as wide as the widest would idle in the others.
+    pixels: int
+    parts: int
+    tiles: tuple[int, ...]
+    vector: int
+    launches: tuple[_Launch, ...]
+
+
+@remembered
+def _plan(
+    images: int,
+    channels: tuple[int, ...],
+    pixels: tuple[int, ...],
+    types: tuple[Types, ...],
+    last: bool,
+    band: int,
+    pieces: int,
+    warps: int,
+) -> _Plan:
+    """Channels_last levels of very different channels are launched apart: a program as wide as the widest would idle in the others.
+
+    Raises ValueError for a contiguous map of `MOST_PIXELS` or more.
     """
-    for sizes in alike(launches(*sizes_of(x)), read):
-        widths = [max(64, triton.next_power_of_2(c)) if last else band for c in sizes.channels]
+    if not last and max(pixels) >= MOST_PIXELS:
+        raise ValueError(f"a map of {max(pixels)} pixels, where the read pass takes fewer than {MOST_PIXELS} of a contiguous level")
+    tiles = tuple(ceil_div(p, band) for p in pixels)
+    first_parts = part_offsets(images, channels, tiles)
+    vector = 16 // min(dtype.itemsize for level in types for dtype in level)
+    found = []
+    for one in alike(launches(images, channels, pixels), types) if images else ():
+        widths = [max(64, power_of_2(c)) if last else band for c in one.channels]
         for width in sorted(set(widths), reverse=True):
-            chosen = [k for k, w in enumerate(widths) if w == width]
-            yield Sizes(sizes.images, *(tuple(values[k] for k in chosen) for values in sizes[1:])), width
+            sizes = one.only([k for k, w in enumerate(widths) if w == width])
+            bands = tuple(tiles[i] for i in sizes.indices)
+            ends = sizes.programs(bands)
+            geometry = (
+                *(integers(values) for values in (ends, bands, sizes.channels, sizes.pixels)),
+                *(offsets(values) for values in (sizes.channel_offsets, sizes.pixel_offsets, (first_parts[i] for i in sizes.indices))),
+            )
+            block = width // pieces
+            found.append(_Launch(sizes, (ends[-1],), max(1, 32 * warps * vector // block), block, geometry))
+    return _Plan(images * sum(pixels), first_parts[-1], tiles, vector, tuple(found))
 
 
 @triton.jit
@@ -314,34 +326,3 @@ def _add(term, total, out, at, mask, ACROSS: tl.constexpr):
         return total
     else:
         return total + tl.sum(term, 2)
-
-
-@triton.jit
-def _channel_sums(
-    parts,
-    out,
-    ends,
-    tiles,
-    channels,
-    bands,
-    part_offsets,
-    channel_offsets,
-    divisors,
-    BANDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    level, program = locate(ends)
-    blocks = pick_integer(tiles, level)
-    C = pick_integer(channels, level)
-    count = pick_integer(bands, level)
-    n = program // blocks
-    c = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < C
-    band = tl.arange(0, BANDS)
-    parts += pick_offset(part_offsets, level) + n * count * C
-    total = tl.zeros([BANDS, BLOCK], tl.float32)
-    for first in range(0, count, BANDS):
-        b = (first + band)[:, None]
-        total += tl.load(parts + b * C + c[None, :], (b < count) & inside[None, :], 0.0)
-    mean = tl.div_rn(tl.sum(total, 0), pick_integer(divisors, level).to(tl.float32))
-    tl.store(out + pick_offset(channel_offsets, level) + n * C + c, mean, inside)

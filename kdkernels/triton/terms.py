@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attention import channel_blocks, channel_distance, distance_gradient, logit_factor, part_offsets, spatial_distance
+from .attention import channel_blocks, channel_distance, distance_gradient, logit_factor, spatial_distance
+from .channel_sums import part_offsets
 from .gradient import gradient
-from .levels import Sizes, integers, launches, locate, offsets, pick, pick_integer, pick_offset, sizes_of
+from .levels import Geometry, Sizes, ceil_div, integers, launches, locate, offsets, pick, pick_integer, pick_offset, remembered, sizes_of
 from .map_distance import divisor_of, map_forward, map_gradient
 from .reduce import reduce
 
@@ -281,17 +282,14 @@ def _forward(call: Call, options: Options, rows: Tensor, imitations: int) -> lis
         error_channel=call.channel if imitations else None,
     )
     parts, tiles = sums.channel or (None, (1,) * len(s))
-    first_parts = part_offsets(images, channels, tiles)
     blocks = launch.parameters("terms", _forward_heuristic, s, False)
-    for sizes in launches(images, channels, pixels) if images else ():
-        ends = sizes.programs([count] * len(sizes.indices))
-        terms_kernel[(ends[-1],)](
+    for grid, geometry, channel_widths in _forward_plan(images, channels, pixels, tuple(tiles), count):
+        terms_kernel[grid](
             sums.raw, call.map_t, call.map_spatial, sums.absolute, call.attention_spatial, call.attention_channel, parts, channel_sums,
             sums.error, tuple(call.spatial) if imitations and call.spatial else None, call.factors, rows, state, tuple(options.scales),
-            images, len(s), *_geometry(sizes), offsets(first_parts[i] for i in sizes.indices), integers(tiles[i] for i in sizes.indices),
-            integers(ends),
+            images, len(s), *geometry,
             options.eps, options.map_temperature, options.temperature,
-            **options.map_constants(), RELATIVE=options.relative, IMITATIONS=imitations, **channel_blocks(sizes.channels), **blocks,
+            **options.map_constants(), RELATIVE=options.relative, IMITATIONS=imitations, **channel_widths, **blocks,
         )  # fmt: skip
     return [
         buffer(0) if sums.raw is None else sums.raw,
@@ -314,14 +312,12 @@ def _gradient(call: Call, options: Options, grad: Tensor | None, saved: Sequence
     product, by_pixel, error = (buffer(wanted, images * sum(pixels)) for wanted in (has_map, attends, imitates))
     by_channel = buffer(attends, images * sum(channels))
     blocks = launch.parameters("terms_backward", _backward_heuristic, s, False)
-    for sizes in launches(images, channels, pixels) if images else ():
-        tiles = tuple(1 + triton.cdiv(p, blocks["BLOCK"]) for p in sizes.pixels)
-        ends = sizes.programs(tiles)
-        terms_backward_kernel[(ends[-1],)](
+    for grid, geometry in _backward_plan(images, channels, pixels, blocks["BLOCK"]):
+        terms_backward_kernel[grid](
             raw if has_map else None, call.map_t, call.map_spatial, absolute if attends else None, call.attention_spatial,
             call.attention_channel, channel_sums, tuple(call.spatial) or None, call.factors, grad, state,
             product, by_pixel, by_channel, error, tuple(options.scales),
-            images, len(s), *_geometry(sizes), integers(tiles), integers(ends),
+            images, len(s), *geometry,
             options.map_temperature, options.temperature, **options.map_constants(), IMITATIONS=options.imitations, **blocks,
         )  # fmt: skip
     return gradient(
@@ -335,7 +331,31 @@ def _gradient(call: Call, options: Options, grad: Tensor | None, saved: Sequence
     )
 
 
-def _geometry(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+@remembered
+def _forward_plan(
+    images: int, channels: tuple[int, ...], pixels: tuple[int, ...], tiles: tuple[int, ...], count: int
+) -> tuple[tuple[tuple[int], Geometry, dict[str, int]], ...]:
+    """Grid, geometry and blocks of channels of every launch. tiles: of the channel parts; count: programs a level and image."""
+    first_parts = part_offsets(images, channels, tiles)
+    found = []
+    for sizes in launches(images, channels, pixels) if images else ():
+        ends = sizes.programs([count] * len(sizes.indices))
+        parts = offsets(first_parts[i] for i in sizes.indices), integers(tiles[i] for i in sizes.indices)
+        found.append(((ends[-1],), (*_geometry(sizes), *parts, integers(ends)), channel_blocks(sizes.channels)))
+    return tuple(found)
+
+
+@remembered
+def _backward_plan(images: int, channels: tuple[int, ...], pixels: tuple[int, ...], block: int) -> tuple[tuple[tuple[int], Geometry], ...]:
+    found = []
+    for sizes in launches(images, channels, pixels) if images else ():
+        tiles = tuple(1 + ceil_div(p, block) for p in sizes.pixels)
+        ends = sizes.programs(tiles)
+        found.append(((ends[-1],), (*_geometry(sizes), integers(tiles), integers(ends))))
+    return tuple(found)
+
+
+def _geometry(sizes: Sizes) -> Geometry:
     """The arguments indices, pixels, channels, pixel_offsets and channel_offsets of both kernels."""
     where = offsets(sizes.pixel_offsets), offsets(sizes.channel_offsets)
     return integers(sizes.indices), integers(sizes.pixels), integers(sizes.channels), *where
