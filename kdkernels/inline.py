@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kdkernels.library import once_differentiable
 from kdkernels.losses.base import DistillationLoss
 from kdkernels.losses.composed import split_shared, term_values_vjp
 from kdkernels.pyramid import accumulate

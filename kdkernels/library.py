@@ -1,4 +1,5 @@
-"""Registration of the fused operators: one schema and one fake each, whichever backend's kernels are behind them."""
+"""Registration of the fused operators: one schema and one fake each, whichever backend's kernels are behind them; and of gradients that
+are final."""
 
 from __future__ import annotations
 
@@ -48,3 +49,34 @@ def _gpu(args: tuple[Any, ...]) -> int | None:
 @cache
 def _kernel(backend: str, module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"kdkernels.{backend}.{module}"), name)
+
+
+class _Final(torch.autograd.Function):
+    """Gradients as they are. They depend on `sources` in a way that nothing can differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *gradients_and_sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradients_and_sources[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("this loss cannot be differentiated twice; with the backend 'reference', in explicit mode, it can")
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd.Function: differentiating its result raises RuntimeError.
+
+    torch's own takes the result for a constant, without a word, where the upstream gradient is one.
+    """
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        made = [x for x in results if x is not None]
+        final = iter(_Final.apply(len(made), *made, *sources))
+        return tuple(None if x is None else next(final) for x in results)
+
+    return run

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Arguments of one operator call and what its rows are.
 
     operands: arguments that hold tensors;   options: those that do not
-    outside:  rows that several terms with factors of their own share: the factors are not in the operator then
+    outside:  rows whose factors are not in the operator, as those that several terms with factors of their own share
     """
 
     operands: tuple[Any, ...]
@@ -103,7 +103,8 @@ class _Slots:
         served = [Served(place, factor, self.rows(term)) for place, term, factor in self.taken]
         count = int(self.map is not None) + (2 if self.attention is not None else 0) + len(self.imitations)
         users = [[one for one in served if row in one.rows] for row in range(count)]
-        outside = [row for row, terms in enumerate(users) if len(terms) > 1]
+        # In a compiled graph a factor may depend on the batch, for which it would be compiled anew as a constant of the operator.
+        outside = [row for row, terms in enumerate(users) if len(terms) > 1 or torch.compiler.is_compiling()]
         inside = [1.0 if row in outside else terms[0].factor for row, terms in enumerate(users)]
         options = (*self._map_options(), self.attention.temperature if self.attention else 1.0, len(self.imitations))
         operands, normalize_t = self._operands(features)

@@ -5,10 +5,12 @@ Runs every part whatever becomes of the others. The quick form ends within nine 
 
     suite.json                     every part's status and seconds, the machine, the tests that were left out and why
     suite.log                      what the parts printed
-    junit-gpu.xml, junit-cpu.xml   the tests marked `gpu`; the tests of primitives and of the harness
+    junit-gpu.xml                  the tests marked `gpu`;   junit-gpu-alone.xml: those of them that measure times
+    junit-cpu.xml                  the tests of primitives and of the harness
     kernels.jsonl, steps.jsonl     measurements
     speed-of-light.md              how far they are from the copy bandwidth
     ncu.csv                        memory traffic by Nsight Compute, where it can run
+    codegen.json                   what the compiler makes of the Triton kernels (--full)
 
 Exit code: 0 when all that is required passed, 1 when not, 2 for wrong usage.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 import tempfile
@@ -26,9 +29,13 @@ from typing import Any
 
 from suite_runner import ROOT, Part, Suite, find_tool
 
-SECONDS = {"quick": 525.0, "smoke": 300.0, "full": 24 * 3600.0}
+SECONDS = {"quick": 535.0, "smoke": 300.0, "full": 24 * 3600.0}
 #: compute-sanitizer's exit code for what it found in the code, as against being unable to work.
 FOUND = 99
+#: Tests that measure times: nothing else may use the GPU meanwhile.
+ALONE = ("test_bench_measure.py", "test_tune.py")
+#: For the other GPU tests, most of whose time goes into compiling some 800 versions of kernels.
+PROCESSES = min(8, os.cpu_count() or 1)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--continue-on-collection-errors"]
 BENCH = [sys.executable, "-m", "benchmarks"]
 
@@ -92,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         small = arguments.form == "smoke" or not gpu
         for part in measurements(out, "smoke" if small else arguments.form, "cuda" if gpu else "cpu"):
             suite.run(part)
-        for part in tools(out, gpu):
+        for part in tools(out, arguments.form, gpu):
             suite.run(part)
         return suite.finish()
 
@@ -131,17 +138,29 @@ def tests(out: Path, form: str, files: list[Path]) -> list[Part]:
     primitives = {f"test_{path.stem}.py" for path in (ROOT / "kdkernels" / "ops").glob("*.py")}
     instruments = {"test_bench_gate.py", "test_bench_measure.py", "test_registry.py"}
     measured = [path for path in files if path.name in primitives | instruments]
-    marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    alone = [path for path in files if path.name in ALONE]
+    # Each kernel by itself, with all its options; marked in what they import.
+    kernels = [path for path in files if "from triton_support import DEVICES" in texts[path]]
+    whole = [path for path in files if "mark.gpu" in texts[path] and path not in (*alone, *kernels)]
+    parallel = importlib.util.find_spec("xdist") is not None
+    absent = "" if parallel or form != "quick" else "pytest-xdist is not installed, and one process takes minutes: --full runs them"
+    # Named, as plugins may be told not to load by themselves.
+    spread = ["-p", "xdist", "-n", str(PROCESSES)] if parallel and form != "smoke" else []
     collect = ["--collect-only", "-q"] if form == "smoke" else []
-    return [
-        Part("GPU tests", [*PYTEST, "-m", "gpu", f"--junitxml={out}/junit-gpu.xml", *map(str, marked)], limit=90),
-        Part(
-            "primitive and harness tests",
-            [*PYTEST, *collect, "-m", "not gpu", f"--junitxml={out}/junit-cpu.xml", *map(str, measured)],
-            limit=60,
-            absent="" if measured else "all of them need packages that are not here",
-        ),
+
+    def part(name: str, limit: float, chosen: list[Path], junit: str, *options: str) -> Part:
+        missing = "" if chosen else "all of them need packages that are not here"
+        command = [*PYTEST, *options, f"--junitxml={out}/{junit}.xml", *map(str, chosen)]
+        return Part(name, command, 1800 if form == "full" else limit, absent=missing)
+
+    gpu = whole if absent else [*whole, *kernels]
+    parts = [
+        part("GPU tests", 130, gpu, "junit-gpu", "-m", "gpu", *spread),
+        part("GPU tests that measure", 45, alone, "junit-gpu-alone", "-m", "gpu"),
+        part("primitive and harness tests", 45, measured, "junit-cpu", "-m", "not gpu", *spread, *collect),
     ]
+    return [*parts, *([Part("tests of single Triton kernels", [], 0, absent=absent)] if absent else [])]
 
 
 def measurements(out: Path, form: str, device: str) -> list[Part]:
@@ -157,43 +176,50 @@ def measurements(out: Path, form: str, device: str) -> list[Part]:
         who = ["--provider", "paper,eager,compile,reference,triton,native"]
         without_compiler = ["--provider", "paper,eager,reference,triton,native"]
         runs = [
-            ("kernels, whole call", [*quoted, *who, "--seconds", "0.5"], 100),
-            ("kernels, quick grid", ["--quick", "--mode", "forward,backward", *without_compiler, "--seconds", "0.1"], 60),
+            ("kernels, whole call", [*quoted, *who, "--seconds", "0.5"], 80),
+            ("kernels, quick grid", ["--quick", "--mode", "forward,backward", *without_compiler, "--seconds", "0.1"], 45),
         ]
-        step, limit = ["--pair", "fcos-r101-r50", "--batch", "8", "--amp", "bf16", "--loss", "gkd_bmfi", "--rounds", "3"], 60
+        step, limit = ["--pair", "fcos-r101-r50", "--batch", "8", "--amp", "bf16", "--loss", "gkd_bmfi", "--rounds", "3"], 50
         step += ["--provider", "eager,reference,triton,native"]
     else:
         tiny = ["--case", "tiny", "--batch", "1", "--channels", "64", "--mode", "backward", "--seconds", "0.1"]
         runs = [("kernels", ["--entry", "feature_imitation", "--provider", "eager,reference", *tiny], 60)]
         step, limit = ["--pair", "fcos-small", "--batch", "1", "--loss", "bmfi", "--provider", "reference", "--rounds", "1"], 60
+    code = Part("compiled code", [*BENCH, "codegen", "--output", str(out / "codegen.json")], limit=1800)
     light = [*BENCH, "speed-of-light", "--input", str(kernels)]
     return [
         *(Part(name, [*BENCH, *options, *on, "--output", str(kernels)], limit, result=kernels.name) for name, options, limit in runs),
         Part("speed of light", light, limit=15, output="speed-of-light.md"),
         Part("training steps", [*BENCH, "step", *step, *on, "--output", str(steps)], limit, result=steps.name),
+        *([code] if form == "full" else []),
     ]
 
 
-def tools(out: Path, gpu: bool) -> list[Part]:
-    """The sanitizer and the profiler over the smallest of the GPU tests."""
-    few = [*PYTEST, "-m", "gpu", "-k", "small", str(ROOT / "tests" / "test_gpu.py")]
+def tools(out: Path, form: str, gpu: bool) -> list[Part]:
+    """The sanitizer and the profiler over the smallest of the GPU tests: every operator and the losses, on the Triton kernels."""
+    few = [*PYTEST, "-m", "gpu", "-k", "small", *(str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_triton.py"))]
     sanitizer, ncu = find_tool("compute-sanitizer"), find_tool("ncu")
     metrics = "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"
     no_gpu = "" if gpu else "there is no GPU"
-    return [
-        Part(
-            "memory checker",
-            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", str(FOUND), *few],
-            limit=45,
+
+    def checker(name: str, tool: str) -> Part:
+        return Part(
+            name,
+            [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *few],
+            limit=1800 if form == "full" else 45,
             absent=no_gpu or ("" if sanitizer else "compute-sanitizer is not installed"),
             found=FOUND,
             # Inside torch's cached blocks it would see no access out of bounds.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        ),
+        )
+
+    return [
+        checker("memory checker", "memcheck"),
+        *([checker("race checker", "racecheck")] if form == "full" else []),
         Part(
             "memory traffic",
             [ncu or "ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", metrics, "--launch-count", "200", *few],
-            limit=25,
+            limit=20,
             required=False,
             absent=no_gpu or ("" if ncu else "ncu is not installed"),
             found=FOUND,

@@ -22,7 +22,17 @@ GRACE = 8.0
 WORTHWHILE = 5.0
 LOG_BYTES = 8 << 20
 FAILURES = ("failed", "timeout")
-RESULTS = ("suite.json", "junit-gpu.xml", "junit-cpu.xml", "kernels.jsonl", "steps.jsonl", "speed-of-light.md", "ncu.csv")
+RESULTS = (
+    "suite.json",
+    "junit-gpu.xml",
+    "junit-gpu-alone.xml",
+    "junit-cpu.xml",
+    "kernels.jsonl",
+    "steps.jsonl",
+    "speed-of-light.md",
+    "ncu.csv",
+    "codegen.json",
+)
 
 
 @dataclass(frozen=True)

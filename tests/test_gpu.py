@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_support import DEVICE, captured, moved, without_waiting
 from torch import Tensor
 
 from benchmarks.call import bind, sample
 from benchmarks.measure.gate import gate
 from benchmarks.providers import providers, reference_of
 from benchmarks.registry import ENTRIES, Case, flat
-from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, functional
+from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, functional, set_backend
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
 IMAGE_SIZE = (200, 336)
 SHAPES = [(2, 16, 25, 42), (2, 16, 13, 21), (2, 16, 7, 11)]
 BOXES = [[[8.0, 10.0, 150.0, 130.0], [130.0, 20.0, 160.0, 150.0], [280.0, -12.0, 350.0, 125.0]], [[33.3, 5.1, 171.7, 160.2]]]
@@ -38,15 +38,6 @@ def inputs(dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_fo
     return {**found, "boxes": boxes, "image_size": IMAGE_SIZE, "teacher_losses": torch.tensor([[0.4, 2.0]])}
 
 
-def moved(given: Any, device: str, dtype: torch.dtype | None = None) -> Any:
-    """The arguments on a device; features and gradients, and nothing else, in `dtype`."""
-    if isinstance(given, Tensor):
-        return given.to(device, dtype if given.dim() == 4 else None)
-    if isinstance(given, dict):
-        return {name: moved(value, device, dtype) for name, value in given.items()}
-    return [moved(value, device, dtype) for value in given] if isinstance(given, list) else given
-
-
 def evaluate(given: dict[str, Any], d: float = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Values, and the gradients of d times their sum."""
     leaves = [x.detach().requires_grad_() for x in given["student_features"]]
@@ -57,6 +48,13 @@ def evaluate(given: dict[str, Any], d: float = 1.0) -> tuple[dict[str, Tensor], 
 
 def error(got: Tensor, want: Tensor) -> float:
     return ((got.double().cpu() - want).norm() / want.norm()).item()
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    set_backend(request.param)
+    yield request.param
+    set_backend("auto")
 
 
 @pytest.fixture
@@ -72,6 +70,7 @@ def exact_convolutions() -> Iterator[None]:
 )
 def test_small_call_agrees_with_float64_on_the_cpu(dtype: torch.dtype, tolerance: float, layout: torch.memory_format) -> None:
     given = inputs(dtype, layout)
+    # On the CPU, and in float64 anywhere, "auto" is the reference.
     want_values, want_gradients = evaluate(moved(given, "cpu", torch.float64))
     for d in (1.0, 1024.0):
         values, gradients = evaluate(moved(given, DEVICE), d)
@@ -94,18 +93,18 @@ def test_small_call_agrees_with_float64_on_the_cpu(dtype: torch.dtype, tolerance
         for dtype in (("fp32", "bf16", "fp16") if mode in ("backward", "inline") else ("fp32",))
     ],
 )
-def test_reference_and_eager_pass_the_gate_of_the_benchmarks(name: str, mode: str, dtype: str) -> None:
+def test_backends_and_eager_pass_the_gate_of_the_benchmarks(name: str, mode: str, dtype: str) -> None:
     entry, device, generator = ENTRIES[name], torch.device(DEVICE), torch.Generator().manual_seed(0)
     given = entry.inputs(Case("tiny", batch=2, channels=16, boxes=5, dtype=dtype), generator, device)
     shapes = [value.shape for value in flat(reference_of(entry)(**given))]
-    for provider in ("reference", "eager"):
+    for provider in ("reference", "eager", "triton"):
         chosen = providers()[provider]
         with chosen.active():
-            call = bind(entry, chosen.function(entry), mode, own=provider == "reference")
+            call = bind(entry, chosen.function(entry), mode, own=chosen.backend is not None)
             assert gate(entry, mode, dtype, call, sample(entry, given, mode, shapes, generator), device).reason == "", provider
 
 
-def test_results_are_the_same_bit_for_bit_from_run_to_run() -> None:
+def test_results_are_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
     given = moved(inputs(torch.float32), DEVICE)
     first, second = evaluate(given), evaluate(given)
     assert all(torch.equal(a, second[0][name]) for name, a in first[0].items())
@@ -127,37 +126,24 @@ def test_box_masks_are_those_of_the_cpu(kind: str) -> None:
             assert torch.equal(a.cpu(), b)
 
 
-def test_nothing_waits_for_the_gpu() -> None:
+def results(given: dict[str, Any]) -> list[Tensor]:
+    values, gradients = evaluate(given)
+    return [*values.values(), *gradients]
+
+
+def test_nothing_waits_for_the_gpu(backend: str) -> None:
     given = moved(inputs(torch.bfloat16), DEVICE)
-    evaluate(given)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        values, gradients = evaluate(given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(x.isfinite().all() for x in (*values.values(), *gradients))
+    assert all(x.isfinite().all() for x in without_waiting(lambda: results(given)))
 
 
-def test_a_cuda_graph_replays_forward_and_backward_on_new_contents() -> None:
+def test_a_cuda_graph_replays_forward_and_backward_on_new_contents(backend: str) -> None:
     given = moved(inputs(torch.float32), DEVICE)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            evaluate(given)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values, gradients = evaluate(given)
+    graph, replayed = captured(lambda: results(given))
     for level in given["student_features"]:
         level.copy_(torch.randn(level.shape))
-    want_values, want_gradients = evaluate(given)
+    wanted = results(given)
     graph.replay()
-    for name, want in want_values.items():
-        torch.testing.assert_close(values[name], want, rtol=1e-6, atol=0)
-    for gradient, want in zip(gradients, want_gradients, strict=True):
-        assert error(gradient, want.double().cpu()) < 1e-6
+    assert all(error(got, want.double().cpu()) < 1e-6 for got, want in zip(replayed, wanted, strict=True))
 
 
 def distilled(mode: str, student: torch.nn.Module, teacher: torch.nn.Module) -> Any:

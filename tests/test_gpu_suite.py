@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import run as kernels_run
+from benchmarks.codegen import run as codegen_run
 from benchmarks.report import speed_of_light
 from benchmarks.steps import run as steps_run
 
@@ -106,14 +107,40 @@ def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> 
     assert suite.finish() == 1
 
 
-def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path) -> None:
-    parts = [*gpu_suite.tests(tmp_path, "quick", []), *gpu_suite.measurements(tmp_path, "quick", "cuda"), *gpu_suite.tools(tmp_path, True)]
+@pytest.fixture(params=[True, False], ids=["xdist", "no xdist"])
+def xdist(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether pytest-xdist seems to be installed."""
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: request.param or None)
+    return request.param
+
+
+FILES = sorted((ROOT / "tests").glob("test_*.py"))
+
+
+def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path, xdist: bool) -> None:
+    parts = [
+        *gpu_suite.tests(tmp_path, "quick", FILES),
+        *gpu_suite.measurements(tmp_path, "quick", "cuda"),
+        *gpu_suite.tools(tmp_path, "quick", True),
+    ]
     assert sum(part.limit for part in parts) + 60 <= gpu_suite.SECONDS["quick"] < 540
+
+
+@pytest.mark.parametrize("form", ["quick", "full"])
+def test_every_file_with_gpu_tests_is_run_once_or_said_to_be_left_out(form: str, tmp_path: Path, xdist: bool) -> None:
+    parts = [part for part in gpu_suite.tests(tmp_path, form, FILES) if part.name != "primitive and harness tests"]
+    run = [Path(word).name for part in parts for word in part.command if word.endswith(".py")]
+    kernels = {path.name for path in FILES if path.name.startswith("test_triton_")} | {"test_shared_read.py"}
+    others = {"test_gpu.py", "test_gpu_triton.py", "test_bench_gate.py", "test_bench_measure.py", "test_tune.py"}
+    left_out = form == "quick" and not xdist
+    assert sorted(run) == sorted(others if left_out else others | kernels)
+    assert any("xdist" in part.absent for part in parts) == left_out
+    assert ("-n" in parts[0].command) == xdist and "-n" not in parts[1].command
 
 
 @pytest.mark.parametrize("form", ["quick", "full", "smoke"])
 def test_the_benchmarks_know_every_option_that_they_are_given(form: str, tmp_path: Path) -> None:
-    modules = {"step": steps_run, "speed-of-light": speed_of_light}
+    modules = {"step": steps_run, "speed-of-light": speed_of_light, "codegen": codegen_run}
     for part in gpu_suite.measurements(tmp_path, form, "cuda"):
         assert part.command[:3] == gpu_suite.BENCH
         words = part.command[3:]
@@ -146,7 +173,7 @@ def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp
     assert "test_gpu.py" not in report["tests_left_out"]
     assert "test_box_mask.py left out: needs hypothesis" in log
     cases = list(ElementTree.parse(out / "junit-gpu.xml").iter("testcase"))
-    assert {case.get("classname") for case in cases} >= {"tests.test_gpu"}
+    assert {case.get("classname") for case in cases} >= {"tests.test_gpu", "tests.test_gpu_triton"}
     assert all(case.find("skipped") is not None for case in cases)
     records = [json.loads(line) for line in (out / "kernels.jsonl").read_text().splitlines()]
     assert {record["provider"] for record in records if record["status"] == "measured"} == {"eager", "reference"}

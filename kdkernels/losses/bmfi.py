@@ -25,8 +25,8 @@ class BMFISide(NamedTuple):
     names: list[str]
     spatial: list[Tensor]  # attention S (N, H, W)
     channel: list[Tensor]  # attention Ch (N, C)
-    mask: list[Tensor] | None  # M_fg (N, H, W)
-    background: list[Tensor] | None  # M_bg (N, H, W)
+    region: list[Tensor] | None  # M * S (N, H, W), or M where S is the mean of both networks'
+    background: list[Tensor] | None  # B * S, or B
 
 
 class BMFILoss(ComposedLoss):
@@ -99,32 +99,40 @@ class BMFILoss(ComposedLoss):
 
     def side(self, features: list[Tensor], names: list[str], read: Read, given: Given) -> BMFISide:
         assert read.spatial is not None and read.channel is not None  # the reading asks for them
-        mask = outside = None
+        region = outside = None
         if self.needs:
             boxes, image_size = given["boxes"], given["image_size"]
             self.require({"boxes": boxes, "image_size": image_size})
-            mask = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
-            outside = [background(m) for m in mask] if self.beta_bg else None
-        return BMFISide(features, names, read.spatial, read.channel, mask, outside)
+            masks = level_masks(features, boxes, image_size, self.mask, self.expand, self.placement, self.inner_ones, self.area_norm)
+            region = masks if self.alpha else None
+            outside = [background(m) for m in masks] if self.beta_bg else None
+            if self.attention_from == "teacher":
+                region, outside = _weighted(region, read.spatial), _weighted(outside, read.spatial)
+        return BMFISide(features, names, read.spatial, read.channel, region, outside)
 
     def parts(self, student_features: Pyramid, side: BMFISide, student_gradients: Gradients | None = None) -> dict[str, Part]:
         features, _ = student_levels(student_features, side.names, side.features)
         factor = self.weight / (max(features[0].shape[0], 1) if features else 1)
-        spatial, channel = side.spatial, side.channel
+        spatial, channel, region, outside = side.spatial, side.channel, side.region, side.background
         if self.attention_from == "mean":
             with torch.no_grad():
                 own = ops.attention(features, self.temperature)
                 spatial = [(a + b) / 2 for a, b in zip(own[0], spatial, strict=True)]
                 channel = [(a + b) / 2 for a, b in zip(own[1], channel, strict=True)]
+                region, outside = _weighted(region, spatial), _weighted(outside, spatial)
         # The grains differ in their spatial weights and factors only.
         grains: dict[str, tuple[list[Tensor], float]] = {}
-        if side.mask is not None and self.alpha:
-            grains["region"] = products(side.mask, spatial), self.alpha
+        if region is not None:
+            grains["region"] = region, self.alpha
         if self.lambda_:
             grains["whole"] = [s / (s.shape[1] * s.shape[2]) for s in spatial], self.lambda_
-        if side.background is not None:
-            grains["background"] = products(side.background, spatial), self.beta_bg
+        if outside is not None:
+            grains["background"] = outside, self.beta_bg
         parts = {name: Part(ImitationTerm(side.features, weights, channel), factor * own) for name, (weights, own) in grains.items()}
         if self.gamma:
             parts["attention"] = Part(AttentionTerm(side.spatial, side.channel, self.temperature), factor * self.gamma)
         return parts
+
+
+def _weighted(masks: list[Tensor] | None, spatial: list[Tensor]) -> list[Tensor] | None:
+    return None if masks is None else products(masks, spatial)

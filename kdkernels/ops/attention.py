@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..library import define
+from ..library import define, once_differentiable
 from ..pyramid import Pyramid, as_pyramid, in_graph, unpack
 from ..reference.attention import attention as reference
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..library import define
+from ..library import define, once_differentiable
 from ..pyramid import check_choice, in_graph, level_shapes, pack, unpack
 from ..reference.map_distance import map_distance as reference
 from ..reference.map_distance import normalize_map as normalize_reference
@@ -44,12 +43,15 @@ def map_distance(
     check_map_options(normalize, eps, eps_mode, temperature)
     check_choice("distance", distance, DISTANCES)
     check_choice("average", average, AVERAGES)
-    sides = f"m_s has {level_shapes(m_s)}, m_t has {level_shapes(m_t)}"
+
+    def sides() -> str:
+        return f"m_s has {level_shapes(m_s)}, m_t has {level_shapes(m_t)}"
+
     if len(m_s) != len(m_t):
-        raise ValueError(f"m_s and m_t have different numbers of levels: {sides}")
+        raise ValueError(f"m_s and m_t have different numbers of levels: {sides()}")
     for level, (a, b) in enumerate(zip(m_s, m_t, strict=True)):
         if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0]:
-            raise ValueError(f"level {level}: m_s and m_t must be (N, H, W) with the same N: {sides}")
+            raise ValueError(f"level {level}: m_s and m_t must be (N, H, W) with the same N: {sides()}")
     if spatial is not None and [tuple(x.shape) for x in spatial] != [tuple(x.shape) for x in m_s]:
         raise ValueError(f"spatial has {level_shapes(spatial)}, wanted the shapes of m_s: {level_shapes(m_s)}")
     return backend.call("map_distance", m_s, m_s, m_t, normalize, distance, eps, eps_mode, temperature, average, spatial)

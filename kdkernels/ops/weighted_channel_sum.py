@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend
-from ..library import define
+from ..library import define, once_differentiable
 from ..pyramid import Pyramid, as_pyramid, check_choice, constant, in_graph, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
 
@@ -40,7 +39,7 @@ def check_weights(x: Pyramid, w: Sequence[Tensor], activation: str, rectify: str
     if len(w) != len(levels):
         raise ValueError(f"w has {len(w)} levels, x has {len(levels)}: {level_shapes(levels, names)}")
     for level, weight, name in zip(levels, w, names, strict=True):
-        if weight.shape not in (level.shape[:2], level.shape):
+        if weight.shape != level.shape[:2] and weight.shape != level.shape:
             raise ValueError(
                 f"w, level {name}: got shape {tuple(weight.shape)}, wanted {tuple(level.shape[:2])} or x's shape {tuple(level.shape)}"
             )
