@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .ops.map_distance import comparable
 from .pyramid import constant, pack
-from .reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term
+from .reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term, at_levels, levels_of
 
 _NO_MAP = (False, "none", "none", "none", "l1", 0.0, True, 1.0, "n")
 
@@ -28,24 +28,29 @@ class Served(NamedTuple):
 class Batch(NamedTuple):
     """Arguments of one operator call and what its rows are.
 
-    operands: arguments that hold tensors;   options: those that do not
+    levels:   which of the features it is called with;   operands: arguments that hold tensors;   options: those that do not
     outside:  rows whose factors are not in the operator, as those that several terms with factors of their own share
     """
 
+    levels: list[int]
     operands: tuple[Any, ...]
     options: tuple[Any, ...]
     served: list[Served]
     outside: list[int]
 
+    def of(self, features: Sequence[Any]) -> list[Any]:
+        """What belongs to its levels."""
+        return [features[i] for i in self.levels]
+
     @property
     def one_imitation(self) -> bool:
         return self.options[-2] == 1
 
-    def values(self, rows: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Place in the wanted list -> (L, N), from the rows of the result."""
+    def values(self, rows: Sequence[Tensor], features: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Place in the wanted list -> (L, N), from the rows of the result; features: all levels."""
         found = {}
         for place, factor, mine in self.served:
-            value = _total([rows[k] for k in mine])
+            value = at_levels(_total([rows[k] for k in mine]), self.levels, features)
             found[place] = value * factor if mine[0] in self.outside else value
         return found
 
@@ -55,14 +60,18 @@ class Batch(NamedTuple):
         for place, factor, mine in self.served:
             d = gradients[place]
             for row in mine:
-                arriving[row].append(d * factor if row in self.outside else d)
+                arriving[row].append(_at(self.levels, d * factor if row in self.outside else d))
         return torch.stack([_total(row) for row in arriving])
 
 
 @dataclass
 class _Slots:
-    """The terms of a batch while it is filled: at most one map, one attention, and imitations of one target under one channel weight."""
+    """The terms of a batch while it is filled: at most one map, one attention, and imitations of one target under one channel weight.
 
+    All have all that they need at the same levels. At the others nothing is read: what is not finite there is nobody's.
+    """
+
+    levels: list[int]
     map: MapTerm | None = None
     attention: AttentionTerm | None = None
     imitations: list[ImitationTerm] = field(default_factory=list)
@@ -70,6 +79,8 @@ class _Slots:
 
     def take(self, place: int, term: Term, factor: Factor) -> bool:
         """Whether the term fits in; then it is in."""
+        if levels_of(term) != self.levels:
+            return False
         if isinstance(term, MapTerm):
             if self.map is not None and not _same(self.map, term):
                 return False
@@ -110,7 +121,7 @@ class _Slots:
         operands, normalize_t = self._operands(features)
         options = (*options[:3], normalize_t, *options[4:])
         scales = [1.0 if isinstance(factor, Tensor) else factor for factor in inside]
-        return Batch((*operands, _factors(inside, features)), (*options, scales), served, outside)
+        return Batch(self.levels, (*operands, _factors(inside, features, self.levels)), (*options, scales), served, outside)
 
     def _map_options(self) -> tuple[Any, ...]:
         m = self.map
@@ -122,53 +133,52 @@ class _Slots:
     def _operands(self, features: Sequence[Tensor]) -> tuple[tuple[Any, ...], str]:
         """The operator's tensors, but the factors, and how it is to normalise the teacher's map."""
         m, a, imitations = self.map, self.attention, self.imitations
-        images = features[0].shape[0]
-        pixels = [(images, x.shape[2], x.shape[3]) for x in features]
-        channels = [(images, x.shape[1]) for x in features]
-        packed = functools.partial(_packed, like=features[0])
         weights, target, normalize_t = None, None, "none"
         if m is not None:
-            both = [(w, t) if w is not None and t is not None else (None, None) for w, t in zip(m.weights, m.target, strict=True)]
-            weights = packed([w for w, _ in both], channels)
-            filled = [features[0].new_zeros(s, dtype=torch.float32) if t is None else t for (_, t), s in zip(both, pixels, strict=True)]
-            maps, normalize_t = comparable(filled, [s[1:] for s in pixels], m.normalize, m.eps, m.eps_mode, m.temperature)
-            target = packed(maps, pixels)
+            weights = self._packed(m.weights)
+            maps = [x for i in self.levels if (x := m.target[i]) is not None]
+            sizes = [features[i].shape[2:] for i in self.levels]
+            maps, normalize_t = comparable(maps, sizes, m.normalize, m.eps, m.eps_mode, m.temperature)
+            target = pack([constant(x) for x in maps])
         return (
-            list(imitations[0].target) if imitations else [],
+            [imitations[0].target[i] for i in self.levels] if imitations else [],
             weights,
             target,
-            packed(m.spatial if m else None, pixels),
-            packed(a.spatial if a else None, pixels),
-            packed(a.channel if a else None, channels),
-            packed(imitations[0].channel if imitations else None, channels),
-            [packed(x.spatial, pixels) for x in imitations if x.spatial is not None],
+            self._packed(m.spatial if m else None),
+            self._packed(a.spatial if a else None),
+            self._packed(a.channel if a else None),
+            self._packed(imitations[0].channel if imitations else None),
+            [self._packed(x.spatial) for x in imitations if x.spatial is not None],
         ), normalize_t
+
+    def _packed(self, levels: Sequence[Tensor | None] | None) -> Tensor | None:
+        """Those of its levels in one fp32 buffer."""
+        return None if levels is None else pack([constant(x) for i in self.levels if (x := levels[i]) is not None])
 
 
 def batches(features: Sequence[Tensor], wanted: Sequence[tuple[Term, Factor]]) -> list[Batch]:
-    """The operator calls that serve all terms."""
+    """The operator calls that serve all terms, but those that are 0 at every level."""
     slots: list[_Slots] = []
     for place, (term, factor) in enumerate(wanted):
-        if not any(slot.take(place, term, factor) for slot in slots):
-            slots.append(_Slots())
+        levels = levels_of(term)
+        if levels and not any(slot.take(place, term, factor) for slot in slots):
+            slots.append(_Slots(levels))
             slots[-1].take(place, term, factor)
     return [slot.batch(features) for slot in slots]
 
 
-def _packed(levels: Sequence[Tensor | None] | None, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor | None:
-    """Levels of these shapes in one fp32 buffer. One that is None becomes zeros, with which it contributes 0: a constant map, no weight."""
-    if levels is None:
-        return None
-    return pack([like.new_zeros(s, dtype=torch.float32) if x is None else constant(x) for x, s in zip(levels, shapes, strict=True)])
-
-
-def _factors(inside: Sequence[Factor], features: Sequence[Tensor]) -> Tensor | None:
-    """(rows, L, N) of the factors that are tensors, 1 for the others; None when none is."""
+def _factors(inside: Sequence[Factor], features: Sequence[Tensor], levels: list[int]) -> Tensor | None:
+    """(rows, L, N) of the factors that are tensors, 1 for the others, at these levels; None when none is a tensor."""
     if not any(isinstance(factor, Tensor) for factor in inside):
         return None
     shape = (len(features), features[0].shape[0])
     ones = features[0].new_ones((), dtype=torch.float32)
-    return torch.stack([(factor.float() if isinstance(factor, Tensor) else ones).expand(shape) for factor in inside])
+    return torch.stack([_at(levels, (factor.float() if isinstance(factor, Tensor) else ones).expand(shape)) for factor in inside])
+
+
+def _at(levels: list[int], rows: Tensor) -> Tensor:
+    """Those of the rows (L, N)."""
+    return rows if len(levels) == rows.shape[0] else torch.stack([rows[i] for i in levels])
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:

@@ -150,12 +150,19 @@ def fused(name: str, features: list[Tensor], wanted: Wanted) -> list[Tensor]:
     """The terms by the kernels of backend `name`."""
     found: dict[int, Tensor] = {}
     for batch in batches(features, wanted):
-        if in_graph(features):
-            rows = _Terms.apply(name, batch, _early(batch, features), *features)
+        mine = batch.of(features)
+        if in_graph(mine):
+            rows = _Terms.apply(name, batch, _early(batch, mine), *mine)
         else:
-            rows = _forward(name, features, *batch.operands, *batch.options)[0]
-        found |= batch.values(rows.unbind(0))
-    return [found[place] for place in range(len(wanted))]
+            rows = _forward(name, mine, *batch.operands, *batch.options)[0]
+        found |= batch.values(rows.unbind(0), features)
+    return _complete(found, features, wanted)
+
+
+def _complete(found: dict[int, Tensor], features: Sequence[Tensor], wanted: Wanted) -> list[Tensor]:
+    """The values in the order of the wanted list, 0 for those that no batch serves."""
+    shape = (len(features), features[0].shape[0])
+    return [found[place] if place in found else features[0].new_zeros(shape, dtype=torch.float32) for place in range(len(wanted))]
 
 
 def _early(batch: Batch, features: Sequence[Tensor]) -> bool:
@@ -173,21 +180,24 @@ def _early(batch: Batch, features: Sequence[Tensor]) -> bool:
 def fused_vjp(name: str, features: list[Tensor], wanted: Wanted) -> tuple[list[Tensor], VJP]:
     """`terms_vjp` by the kernels of backend `name`: the arriving gradients are added in the write of the first batch."""
     made = batches(features, wanted)
-    results = [_forward(name, features, *batch.operands, *batch.options) for batch in made]
+    results = [_forward(name, batch.of(features), *batch.operands, *batch.options) for batch in made]
     found: dict[int, Tensor] = {}
     for batch, (rows, *_) in zip(made, results, strict=True):
-        found |= batch.values(rows.unbind(0))
+        found |= batch.values(rows.unbind(0), features)
 
     def vjp(upstream: Sequence[Tensor], arriving: Sequence[Tensor | None]) -> list[Tensor | None]:
-        gradients: Sequence[Tensor | None] = arriving
+        gradients = list(arriving)
         for batch, (_, *saved) in zip(made, results, strict=True):
-            given = [g if g is not None else torch.zeros_like(x) for g, x in zip(gradients, features, strict=True)]
-            if all(g is None for g in gradients):
+            mine, given = batch.of(features), batch.of(gradients)
+            if all(g is None for g in given):
                 given = []
-            gradients = _backward(name, batch.upstream(upstream), saved, given, features, *batch.operands, *batch.options)
-        return list(gradients)
+            given = [torch.zeros_like(x) if g is None else g for g, x in zip(given, mine, strict=False)]
+            written = _backward(name, batch.upstream(upstream), saved, given, mine, *batch.operands, *batch.options)
+            for i, gradient in zip(batch.levels, written, strict=True):
+                gradients[i] = gradient
+        return gradients
 
-    return [found[place] for place in range(len(wanted))], vjp
+    return _complete(found, features, wanted), vjp
 
 
 def refuses(features: Sequence[Tensor], wanted: Wanted) -> str:

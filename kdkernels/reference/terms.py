@@ -81,9 +81,19 @@ def _term(features: Sequence[Tensor], term: Term) -> Tensor:
     return _imitation(features, term)
 
 
+def levels_of(term: Term) -> list[int]:
+    """The levels at which the term has all that it needs; at the others it is 0, whatever the student's features are."""
+    if isinstance(term, MapTerm):
+        needed: list[Sequence[Tensor | None]] = [term.weights, term.target]
+    elif isinstance(term, AttentionTerm):
+        needed = [term.spatial]
+    else:
+        needed = [term.target, *(weights for weights in (term.spatial, term.channel) if weights is not None)]
+    return [i for i, level in enumerate(zip(*needed, strict=True)) if not any(x is None for x in level)]
+
+
 def _map(features: Sequence[Tensor], term: MapTerm) -> Tensor:
-    given = enumerate(zip(term.weights, term.target, strict=True))
-    levels = {i: (w, m) for i, (w, m) in given if w is not None and m is not None}
+    levels = {i: (w, m) for i in levels_of(term) if (w := term.weights[i]) is not None and (m := term.target[i]) is not None}
     maps, _, _ = weighted_channel_sum([features[i] for i in levels], [w for w, _ in levels.values()], term.activation, term.rectify)
     rows = map_distance(
         maps,
@@ -96,22 +106,22 @@ def _map(features: Sequence[Tensor], term: MapTerm) -> Tensor:
         term.average,
         None if term.spatial is None else [term.spatial[i] for i in levels],
     )
-    return _at_levels(rows, list(levels), features)
+    return at_levels(rows, list(levels), features)
 
 
 def _imitation(features: Sequence[Tensor], term: ImitationTerm) -> Tensor:
     channel, spatial = term.channel, term.spatial
-    keep = [i for i in range(len(features)) if (channel is None or channel[i] is not None) and (spatial is None or spatial[i] is not None)]
+    keep = levels_of(term)
     rows = feature_imitation(
         [features[i] for i in keep],
         [term.target[i] for i in keep],
         None if spatial is None else [x for i in keep if (x := spatial[i]) is not None],
         None if channel is None else [x for i in keep if (x := channel[i]) is not None],
     )
-    return _at_levels(rows, keep, features)
+    return at_levels(rows, keep, features)
 
 
-def _at_levels(rows: Tensor, keep: list[int], features: Sequence[Tensor]) -> Tensor:
+def at_levels(rows: Tensor, keep: list[int], features: Sequence[Tensor]) -> Tensor:
     """(L, N) with `rows` at the levels `keep` and 0 at the others."""
     if len(keep) == len(features):
         return rows

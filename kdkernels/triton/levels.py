@@ -143,9 +143,9 @@ class Written:
     def __init__(self, like: Sequence[Tensor], last: bool, results: list[Tensor] | None = None) -> None:
         self.results = [torch.empty_like(x) for x in like] if results is None else results
         dense = [x if x.is_contiguous(memory_format=_FORMATS[last]) else None for x in self.results]
-        self.levels = [
-            torch.empty_like(x, memory_format=_FORMATS[last]) if d is None else d for x, d in zip(self.results, dense, strict=True)
-        ]
+        # Results that were given hold something, which a launch may leave as it is.
+        room = torch.empty_like if results is None else torch.clone
+        self.levels = [room(x, memory_format=_FORMATS[last]) if d is None else d for x, d in zip(self.results, dense, strict=True)]
 
     def done(self) -> list[Tensor]:
         """The results, after the launches."""

@@ -203,8 +203,8 @@ def map_forward(
             else:
                 a = -total / count * scale
                 b = tl.where(spread == 0.0, 0.0, product / count / spread)
-        # sgn(NaN) is 0: a map of the teacher's that is not finite would give the student an innocent gradient.
-        scale += result * 0.0
+    # sgn(NaN) is 0: a map of the teacher's that is not finite would give the student an innocent gradient.
+    scale += result * 0.0
     tl.store(state, shift)
     tl.store(state + 1, centre)
     tl.store(state + 2, scale)
@@ -241,6 +241,9 @@ def map_gradient(
         gradient = gradient * scale + a - b * m
     elif NORMALIZE == "softmax":
         gradient = (gradient - a) * m * inverse_temperature
+    else:
+        # The scale is 0, or NaN where the value is not finite.
+        gradient += scale
     if RECTIFY == "abs":
         gradient *= sign(raw)
     elif RECTIFY == "relu":
