@@ -28,6 +28,8 @@ CAPABILITIES = (80, 90, 100)
 #: What the compiled code depends on, and where it was made.
 KEPT = ("commit", "dirty", "versions", "cpu", "time")
 SCHEMA = 1
+#: Begins the lines of a worker's standard error that say how far it is.
+PROGRESS = "progress: "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +99,21 @@ def _worker(options: Sequence[str]) -> dict[str, Any]:
             "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         command = [sys.executable, "-m", f"{package}.worker", *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompilationFailed(done.stderr)
-    return json.loads(done.stdout)
+        answer = Path(cache) / "answer.json"
+        with (
+            answer.open("w") as stdout,
+            subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True) as worker,
+        ):
+            assert worker.stderr is not None
+            said = []
+            for line in worker.stderr:
+                if line.startswith(PROGRESS):
+                    print(line.removeprefix(PROGRESS), end="", file=sys.stderr, flush=True)
+                else:
+                    said.append(line)
+        if worker.returncode != 0:
+            raise CompilationFailed("".join(said))
+        return json.loads(answer.read_text())
 
 
 def to_json(results: dict[str, Any]) -> str:

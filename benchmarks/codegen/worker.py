@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,7 +24,10 @@ from ..registry import Case
 from .capture import recorded, variants
 from .cases import SIZES, Call, Inputs, calls, cases
 from .rows import record
+from .run import PROGRESS
 
+#: Times that it says how far it is.
+PARTS = 10
 #: Kernel -> its launch parameters.
 Parameters = Mapping[str, Mapping[str, int]]
 
@@ -48,7 +52,9 @@ def compiled(args: argparse.Namespace) -> dict[str, Any]:
     chosen = [(call, case) for call in calls() for case in cases(call) if _wanted(args, call, case)]
     _load_compiler(args.capability)
     with recorded(args.capability, lambda name: args.kernel in ("", name, name.partition(".")[0])) as launches:
-        for call, case in chosen:
+        for number, (call, case) in enumerate(chosen):
+            if number * PARTS // len(chosen) != (number - 1) * PARTS // len(chosen):
+                print(f"{PROGRESS}sm_{args.capability}: {number} of {len(chosen)} calls compiled", file=sys.stderr, flush=True)
             for parameters in tabulated(args.capability, case):
                 launches.clear()
                 with _overridden(parameters):
