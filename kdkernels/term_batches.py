@@ -136,7 +136,7 @@ class _Slots:
         weights, target, normalize_t = None, None, "none"
         if m is not None:
             weights = self._packed(m.weights)
-            maps = [x for i in self.levels if (x := m.target[i]) is not None]
+            maps = self._of(m.target)
             sizes = [features[i].shape[2:] for i in self.levels]
             maps, normalize_t = comparable(maps, sizes, m.normalize, m.eps, m.eps_mode, m.temperature)
             target = pack([constant(x) for x in maps])
@@ -153,7 +153,10 @@ class _Slots:
 
     def _packed(self, levels: Sequence[Tensor | None] | None) -> Tensor | None:
         """Those of its levels in one fp32 buffer."""
-        return None if levels is None else pack([constant(x) for i in self.levels if (x := levels[i]) is not None])
+        return None if levels is None else pack([constant(x) for x in self._of(levels)])
+
+    def _of(self, levels: Sequence[Tensor | None]) -> list[Tensor]:
+        return [x for x in (levels[i] for i in self.levels) if x is not None]
 
 
 def batches(features: Sequence[Tensor], wanted: Sequence[tuple[Term, Factor]]) -> list[Batch]:

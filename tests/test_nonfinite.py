@@ -92,14 +92,14 @@ def test_other_images_and_levels_keep_their_values():
     assert torch.equal(got[~bad], want[~bad])
 
 
-def test_the_first_image_of_each_term_and_level_is_kept_over_calls():
+def test_the_lowest_image_of_each_term_and_level_is_kept_over_calls():
     loss = BMFILoss(lambda_=1.0)
-    for level, image in ((0, 1), (0, 0), (1, 2)):
+    for level, image in ((0, 1), (0, 0), (1, 1), (1, 2)):
         given = poisoned("student_features", level, image)
         loss(given["student_features"], given["teacher_features"], BOXES, IMAGE)
     found = loss.check()
     assert {(f.term, f.level): f.image for f in found} == {
-        (term, level): image for term in ("region", "attention", "whole") for level, image in ((0, 1), (1, 2))
+        (term, level): image for term in ("region", "attention", "whole") for level, image in ((0, 0), (1, 1))
     }
     assert len(found) == 6
 

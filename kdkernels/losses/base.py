@@ -27,7 +27,7 @@ ARGUMENTS = {
 
 
 class NonFinite(NamedTuple):
-    """Where a value was NaN or infinite: the first image seen of one term and level."""
+    """Where a value was NaN or infinite: the lowest image of one term and level, of all calls since the last look."""
 
     loss: str
     term: str
@@ -67,7 +67,7 @@ class DistillationLoss(nn.Module):
         self.weight = float(weight)
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
-        # One (terms, L) tensor a kind of call: the first image with a non-finite value, or NOWHERE. Not buffers: state_dict stays empty.
+        # One (terms, L) tensor a kind of call: the lowest image with a non-finite value, or NOWHERE. Not buffers: state_dict stays empty.
         self._flags: dict[tuple, Tensor] = {}
 
     def inline_refusal(self) -> str | None:
@@ -122,7 +122,7 @@ class DistillationLoss(nn.Module):
         return total if self.reduction == "none" else total.sum()
 
     def check(self) -> list[NonFinite]:
-        """Where values were non-finite since the last call: one entry a term and level, with the first image. Synchronises and clears."""
+        """Where values were non-finite since the last call: one entry a term and level, with the lowest image. Synchronises and clears."""
         found = []
         for (names, _, _), flags in self._flags.items():
             for term, row in zip(names, flags.tolist(), strict=True):
@@ -142,8 +142,7 @@ class DistillationLoss(nn.Module):
             key = (tuple(names), stacked.shape[1], stacked.device)
             if key in self._flags:
                 # In place: a captured CUDA graph reads and writes this very memory at every replay.
-                flags = self._flags[key]
-                flags.copy_(torch.where(flags == NOWHERE, first, flags))
+                self._flags[key].clamp_(max=first)
             else:
                 # A tensor of inference mode could be written to in inference mode only.
                 with torch.inference_mode(False):

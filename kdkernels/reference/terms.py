@@ -93,7 +93,8 @@ def levels_of(term: Term) -> list[int]:
 
 
 def _map(features: Sequence[Tensor], term: MapTerm) -> Tensor:
-    levels = {i: (w, m) for i in levels_of(term) if (w := term.weights[i]) is not None and (m := term.target[i]) is not None}
+    given = enumerate(zip(term.weights, term.target, strict=True))
+    levels = {i: (w, m) for i, (w, m) in given if w is not None and m is not None}
     maps, _, _ = weighted_channel_sum([features[i] for i in levels], [w for w, _ in levels.values()], term.activation, term.rectify)
     rows = map_distance(
         maps,
