@@ -164,7 +164,7 @@ def test_a_native_library_is_built_where_it_has_sources(top: Path) -> None:
 CODE = Path(__file__).parents[1]
 CELL = ["--entry", "feature_imitation", "--case", "tiny", "--batch", "1", "--channels", "64", "--mode", "forward", "--device", "cpu"]
 OPERATOR = "kdkernels/ops/feature_imitation.py"
-CALL = '    return backend.call("feature_imitation", levels_s, levels_s, levels_t, spatial, channel)\n'
+CALL = '    return backend.call("feature_imitation", [*levels_s, *levels_t], levels_s, levels_t, spatial, channel)\n'
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_info_says_versions_devices_backends_and_why_one_is_not_there() -> None:
     assert "pycocotools" in text
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["native", "cuda"])
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from kdkernels import backend
 
