@@ -85,7 +85,7 @@ def _channel_sums(
     blocks = pick_integer(tiles, level)
     C = pick_integer(channels, level)
     count = pick_integer(bands, level)
-    n = program // blocks
+    n = (program // blocks).to(tl.int64)
     c = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = c < C
     band = tl.arange(0, BANDS)

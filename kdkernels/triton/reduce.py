@@ -202,14 +202,14 @@ def _reduce(
     bands = pick_integer(tiles, level)
     C = pick_integer(channels, level)
     P = pick_integer(pixels, level)
-    n = program // bands
+    n = (program // bands).to(tl.int64)
     band = program % bands
     x = pick(xs, level)
     target = None if targets is None else pick(targets, level)
     first = band * PIXELS
     channel = pick_offset(channel_offsets, level) + n * C
     pixel = pick_offset(pixel_offsets, level) + n * P
-    part = pick_offset(part_offsets, level) + program * C
+    part = pick_offset(part_offsets, level) + program.to(tl.int64) * C
     inner = C if LAST else P
     if inner % VECTOR == 0:
         # Written so that the compiler sees it is a multiple, and that rows begin on 16 bytes.
@@ -259,12 +259,12 @@ def _read(
     column = tl.arange(0, PIECES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if LAST:
         outer = min(P - first, PIXELS)
-        start = (n.to(tl.int64) * P + first) * inner
+        start = (n * P + first) * inner
         pixel += first
     else:
         outer = C
         column += first
-        start = n.to(tl.int64) * C * inner
+        start = n * C * inner
     inside = column < inner
     # In 32 bits, which spares registers: `MOST_ROWS` rows of `MOST_PIXELS` fit.
     offset = row[:, None, :, None] * inner + column[None, :, None, :]
