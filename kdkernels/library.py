@@ -51,6 +51,19 @@ def _kernel(backend: str, module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"kdkernels.{backend}.{module}"), name)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """`save_for_backward` for tensors of which some may have been made in inference mode, as a teacher's, and cannot be saved so."""
+    # Nobody traces with such tensors, and dynamo cannot look.
+    looks = not torch.compiler.is_compiling()
+    ctx.of_inference = {i: x for i, x in enumerate(tensors) if looks and x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.of_inference else x for i, x in enumerate(tensors)))
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What `keep` was given."""
+    return [ctx.of_inference.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
+
+
 class _Final(torch.autograd.Function):
     """Gradients as they are. They depend on `sources` in a way that nothing can differentiate."""
 

@@ -110,6 +110,14 @@ def in_graph(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def memory_format(levels: Sequence[Tensor]) -> torch.memory_format:
+    """In which all levels are read: channels_last if the largest lies so and not also contiguous, else contiguous."""
+    sizes = [x.shape[1] * x.shape[2] * x.shape[3] for x in levels]
+    largest = levels[sizes.index(max(sizes))]
+    last = not largest.is_contiguous() and largest.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def pack(levels: Sequence[Tensor]) -> Tensor:
     """All elements of the levels behind each other, 1-D; without a copy where they already lie so in one buffer and need no gradient.
 

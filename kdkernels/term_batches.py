@@ -11,10 +11,25 @@ import torch
 from torch import Tensor
 
 from .ops.map_distance import comparable
-from .pyramid import constant, pack
+from .pyramid import constant, memory_format, pack
 from .reference.terms import AttentionTerm, Factor, ImitationTerm, MapTerm, Term, at_levels, levels_of
 
-_NO_MAP = (False, "none", "none", "none", "l1", 0.0, True, 1.0, "n")
+
+class Options(NamedTuple):
+    """The operator's arguments that are no tensors. normalize_t: of the teacher's map;   scales: factors of the rows that are numbers."""
+
+    absolute: bool = False
+    rectify: str = "none"
+    normalize: str = "none"
+    normalize_t: str = "none"
+    distance: str = "l1"
+    eps: float = 0.0
+    relative: bool = True
+    map_temperature: float = 1.0
+    average: str = "n"
+    temperature: float = 1.0
+    imitations: int = 0
+    scales: Sequence[float] = ()
 
 
 class Served(NamedTuple):
@@ -34,7 +49,7 @@ class Batch(NamedTuple):
 
     levels: list[int]
     operands: tuple[Any, ...]
-    options: tuple[Any, ...]
+    options: Options
     served: list[Served]
     outside: list[int]
 
@@ -44,7 +59,7 @@ class Batch(NamedTuple):
 
     @property
     def one_imitation(self) -> bool:
-        return self.options[-2] == 1
+        return self.options.imitations == 1
 
     def values(self, rows: Sequence[Tensor], features: Sequence[Tensor]) -> dict[int, Tensor]:
         """Place in the wanted list -> (L, N), from the rows of the result; features: all levels."""
@@ -56,7 +71,7 @@ class Batch(NamedTuple):
 
     def upstream(self, gradients: Sequence[Tensor]) -> Tensor:
         """The gradient (rows, L, N) of the rows from that of every wanted term."""
-        arriving: list[list[Tensor]] = [[] for _ in self.options[-1]]
+        arriving: list[list[Tensor]] = [[] for _ in self.options.scales]
         for place, factor, mine in self.served:
             d = gradients[place]
             for row in mine:
@@ -117,22 +132,27 @@ class _Slots:
         # In a compiled graph a factor may depend on the batch, for which it would be compiled anew as a constant of the operator.
         outside = [row for row, terms in enumerate(users) if len(terms) > 1 or torch.compiler.is_compiling()]
         inside = [1.0 if row in outside else terms[0].factor for row, terms in enumerate(users)]
-        options = (*self._map_options(), self.attention.temperature if self.attention else 1.0, len(self.imitations))
         operands, normalize_t = self._operands(features)
-        options = (*options[:3], normalize_t, *options[4:])
-        scales = [1.0 if isinstance(factor, Tensor) else factor for factor in inside]
-        return Batch(self.levels, (*operands, _factors(inside, features, self.levels)), (*options, scales), served, outside)
+        options = self._map_options(normalize_t)._replace(
+            temperature=self.attention.temperature if self.attention else 1.0,
+            imitations=len(self.imitations),
+            scales=[1.0 if isinstance(factor, Tensor) else factor for factor in inside],
+        )
+        return Batch(self.levels, (*operands, _factors(inside, features, self.levels)), options, served, outside)
 
-    def _map_options(self) -> tuple[Any, ...]:
+    def _map_options(self, normalize_t: str) -> Options:
         m = self.map
         if m is None:
-            return _NO_MAP
+            return Options()
         relative = m.eps_mode == "relative"
-        return (m.activation == "abs", m.rectify, m.normalize, m.normalize, m.distance, m.eps, relative, m.temperature, m.average)
+        return Options(
+            m.activation == "abs", m.rectify, m.normalize, normalize_t, m.distance, m.eps, relative, m.temperature, m.average
+        )
 
     def _operands(self, features: Sequence[Tensor]) -> tuple[tuple[Any, ...], str]:
         """The operator's tensors, but the factors, and how it is to normalise the teacher's map."""
         m, a, imitations = self.map, self.attention, self.imitations
+        layout = memory_format([features[i] for i in self.levels])
         weights, target, normalize_t = None, None, "none"
         if m is not None:
             weights = self._packed(m.weights)
@@ -141,7 +161,8 @@ class _Slots:
             maps, normalize_t = comparable(maps, sizes, m.normalize, m.eps, m.eps_mode, m.temperature)
             target = pack([constant(x) for x in maps])
         return (
-            [imitations[0].target[i] for i in self.levels] if imitations else [],
+            # Copied once, if at all, and not in every pass.
+            [x.contiguous(memory_format=layout) for x in self._of(imitations[0].target)] if imitations else [],
             weights,
             target,
             self._packed(m.spatial if m else None),

@@ -98,6 +98,7 @@ def test_the_weight_is_detached_and_fp32():
 def test_zero_loss_changes_nothing_and_a_large_one_switches_off():
     _, args = _inputs(6)
     assert torch.equal(AIDLoss(GKDLoss())(*args, teacher_losses=torch.tensor(0.0)), GKDLoss()(*args))
+    assert torch.equal(AIDLoss(GKDLoss())(*args, teacher_losses=0.5), AIDLoss(GKDLoss())(*args, teacher_losses=torch.tensor(0.5)))
     assert AIDLoss(GKDLoss())(*args, teacher_losses=torch.tensor(1e9)).item() == 0.0
 
 

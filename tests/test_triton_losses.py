@@ -312,9 +312,8 @@ def test_constant_features(device: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["student_gradients", "teacher_gradients"])
-def test_a_level_without_gradient_contributes_nothing(device: str, missing: str) -> None:
+def test_a_level_without_gradient_contributes_nothing_whatever_it_holds(device: str, missing: str) -> None:
     case = fixed(device)
-    """Whatever it holds."""
     case[missing][1] = None
     assert check({"map": GKDLoss(), "imitation": GKDLoss(form="imitation"), "bmfi": BMFILoss()}, case) < 1
     for features in ("student_features", "teacher_features"):

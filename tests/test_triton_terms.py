@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_support import DEVICES, DTYPES, LAYOUTS, poisoned, pyramid, relative_error
 
 from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, set_backend
@@ -127,8 +128,28 @@ def test_no_image_gives_no_value_and_gradients_of_no_image(device: str) -> None:
     assert all(not g.numel() for g in gradients)
 
 
+class Copies(TorchDispatchMode):
+    """Counts the levels that are brought to another layout."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.clone.default and args[0].dim() == 4
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_compiled_loss_is_one_graph_whatever_the_batch(device: str) -> None:
+@pytest.mark.parametrize("d", [1.0, 3.0])
+def test_a_teacher_in_the_other_layout_is_copied_once(d: float, device: str) -> None:
+    given = inputs(torch.float32, "channels_last", device)
+    given["teacher_features"] = [x.contiguous() for x in given["teacher_features"]]
+    with Copies() as copies:
+        evaluated({"bmfi": BMFILoss(alpha=0.5)}, given, "triton", (d,))
+    assert copies.count == len(SHAPES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_loss_is_one_graph(device: str) -> None:
     set_backend("triton")
     given = inputs(torch.float32, "contiguous", device)
     fused = FusedLoss(LOSSES["gkd and bmfi"])

@@ -114,7 +114,12 @@ class AIDLoss(ComposedLoss):
         if teacher_losses is None:
             raise ValueError("AIDLoss needs teacher_losses, which is missing")
         shape = (len(features), features[0].shape[0]) if len(features) else (0, 0)
-        t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=features[0].device if len(features) else None)
+        device = features[0].device if len(features) else None
+        if isinstance(teacher_losses, (int, float)):
+            # as_tensor would copy it from the host and wait for that.
+            t = torch.full((), teacher_losses, dtype=torch.float32, device=device)
+        else:
+            t = torch.as_tensor(teacher_losses, dtype=torch.float32, device=device)
         t = self._arrange(t, shape)
         # exp(-inf) would make an innocent 0 of an infinite loss; infinity * 0 is NaN.
         return torch.exp(-self.alpha * t) + t * 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
-from ..library import define, once_differentiable
+from ..library import define, keep, kept, once_differentiable
 from ..pyramid import check_choice, in_graph, level_shapes, pack, unpack
 from ..reference.map_distance import map_distance as reference
 from ..reference.map_distance import normalize_map as normalize_reference
@@ -115,14 +115,16 @@ class _MapDistance(torch.autograd.Function):
         ctx.name, ctx.shapes, ctx.options = name, [x.shape for x in m_s], options
         sizes = m_s[0].shape[0], [x.shape[1] * x.shape[2] for x in m_s]
         rows, state = _forward(name, maps, m_t, spatial, *sizes, *options)
-        ctx.save_for_backward(maps, m_t, spatial, state)
+        # The backward reads the packed maps; those that they were made of tell where the gradient comes from.
+        keep(ctx, maps, m_t, spatial, state, *m_s)
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sizes = ctx.shapes[0][0], [shape[1] * shape[2] for shape in ctx.shapes]
-        gradient = _backward(ctx.name, *ctx.saved_tensors, grad.contiguous(), *sizes, *ctx.options)
+        maps, m_t, spatial, state, *_ = kept(ctx)
+        gradient = _backward(ctx.name, maps, m_t, spatial, state, grad.contiguous(), *sizes, *ctx.options)
         return (None, None, None, None, *unpack(gradient, ctx.shapes))
 
 

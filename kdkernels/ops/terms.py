@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..library import define, once_differentiable
+from ..library import define, keep, kept, once_differentiable
 from ..pyramid import Pyramid, as_pyramid, in_graph
 from ..reference.terms import VJP, AttentionTerm, Factor, ImitationTerm, MapTerm, Term
 from ..reference.terms import terms as reference
@@ -110,14 +110,14 @@ class _Terms(torch.autograd.Function):
         run = _with_gradient if early else _forward
         rows, *rest = run(name, list(features), *batch.operands, *batch.options)
         ctx.name, ctx.options, ctx.levels, ctx.layout = name, batch.options, len(features), _layout(batch.operands)
-        ctx.save_for_backward(*features, *rest[:_SAVED], *_flat(batch.operands))
+        keep(ctx, *features, *rest[:_SAVED], *_flat(batch.operands))
         ctx.early = rest[_SAVED:]
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors = list(ctx.saved_tensors)
+        tensors = kept(ctx)
         features, saved, flat = tensors[: ctx.levels], tensors[ctx.levels : ctx.levels + _SAVED], tensors[ctx.levels + _SAVED :]
         operands = _unflat(flat, ctx.layout)
         gradients, ctx.early = ctx.early, []
@@ -179,8 +179,9 @@ def _early(batch: Batch, features: Sequence[Tensor]) -> bool:
 
 def fused_vjp(name: str, features: list[Tensor], wanted: Wanted) -> tuple[list[Tensor], VJP]:
     """`terms_vjp` by the kernels of backend `name`: the arriving gradients are added in the write of the first batch."""
-    made = batches(features, wanted)
-    results = [_forward(name, batch.of(features), *batch.operands, *batch.options) for batch in made]
+    with torch.no_grad():
+        made = batches(features, wanted)
+        results = [_forward(name, batch.of(features), *batch.operands, *batch.options) for batch in made]
     found: dict[int, Tensor] = {}
     for batch, (rows, *_) in zip(made, results, strict=True):
         found |= batch.values(rows.unbind(0), features)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..library import define, once_differentiable
+from ..library import define, keep, kept, once_differentiable
 from ..pyramid import Pyramid, as_pyramid, check_choice, constant, in_graph, level_shapes, pack, unpack
 from ..reference.weighted_channel_sum import weighted_channel_sum as reference
 
@@ -71,13 +71,13 @@ class _WeightedChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, w: Tensor, absolute: bool, *x: Tensor) -> Tensor:
         ctx.name, ctx.absolute = name, absolute
-        ctx.save_for_backward(w, *x)
+        keep(ctx, w, *x)
         return _forward(name, list(x), w, absolute)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        w, *x = ctx.saved_tensors
+        w, *x = kept(ctx)
         return (None, None, None, *_backward(ctx.name, x, w, grad.contiguous(), ctx.absolute))
 
 

@@ -17,9 +17,10 @@ from .levels import (
     Types,
     Written,
     alike,
-    arrange,
     ceil_div,
+    dense,
     integers,
+    is_last,
     launches,
     locate,
     offsets,
@@ -60,17 +61,17 @@ def gradient(
     out:    levels to write to, of such strides, instead of new ones;   unless: one int32 on the device: not 0 if `out` is right already
     """
     reads = sign is not None or error is not None or (product is not None and absolute)
-    optional = (target if error is not None else None, arriving)
-    last, (dense, *others) = arrange(x, *(levels for levels in optional if levels is not None))
-    following = iter(others)
-    read = (dense if reads else None, *(None if levels is None else next(following) for levels in optional))
+    last = is_last(x)
+    wanted = (x if reads else None, target if error is not None else None, arriving)
+    read = [None if levels is None else dense(levels, last) for levels in wanted]
     written = Written(x, last, out)
     images, channels, pixels = sizes_of(x)
     if images == 0:
         return written.results
     vectors, places = _placed([pair[::-1] if pair and last else pair for pair in (product, sign, error)])
     blocks = _fitted(parameters("gradient", heuristic, x, last), max(channels if last else pixels))
-    plan = _plan(images, channels, pixels, types_of([x, *others]), last, *(blocks[name] for name in _BLOCKS))
+    types = types_of([x, *(levels for levels in read if levels is not None)])
+    plan = _plan(images, channels, pixels, types, last, *(blocks[name] for name in _BLOCKS))
     for sizes, grid, vector, geometry, left in plan:
         parts = None if values is None else torch.empty(grid, dtype=torch.float32, device=x[0].device)
         _kernel[grid](

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..pyramid import memory_format
+
 #: Levels of one launch. Pyramids with more take several launches.
 MOST_LEVELS = 6
 #: Makes an integer one of 64 bits for Triton, which goes by its value.
@@ -124,17 +126,15 @@ def power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def arrange(*pyramids: Sequence[Tensor], most_channels: int | None = None) -> tuple[bool, list[list[Tensor]]]:
-    """Whether all is read as channels_last, and the pyramids with every level dense in that layout.
+def is_last(levels: Sequence[Tensor], most_channels: int | None = None) -> bool:
+    """Whether all levels are read as channels_last: as the largest lies, but contiguous if one has more than `most_channels` channels."""
+    narrow = most_channels is None or max(x.shape[1] for x in levels) <= most_channels
+    return narrow and memory_format(levels) is torch.channels_last
 
-    The layout is that of the first pyramid's largest level, or contiguous if a level has more than `most_channels` channels. A level that
-    is not dense in it is copied: a slice with gaps, the other layout.
-    """
-    largest = max(pyramids[0], key=torch.numel)
-    last = not largest.is_contiguous() and largest.is_contiguous(memory_format=torch.channels_last)
-    if most_channels is not None and max(x.shape[1] for x in pyramids[0]) > most_channels:
-        last = False
-    return last, [[x.contiguous(memory_format=_FORMATS[last]) for x in levels] for levels in pyramids]
+
+def dense(levels: Sequence[Tensor], last: bool) -> list[Tensor]:
+    """The levels, dense in this layout. What is not is copied: a slice with gaps, the other layout."""
+    return [x.contiguous(memory_format=_FORMATS[last]) for x in levels]
 
 
 class Written:

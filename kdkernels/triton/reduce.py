@@ -27,9 +27,10 @@ from .levels import (
     Sizes,
     Types,
     alike,
-    arrange,
     ceil_div,
+    dense,
     integers,
+    is_last,
     launches,
     locate,
     offsets,
@@ -76,7 +77,8 @@ def reduce(
     target: levels of x's shapes; weights, error_channel: packed (N, C), fp32.
     """
     images, channels, pixels = sizes_of(x)
-    last, (levels, *others) = arrange(x, *(() if target is None else (target,)), most_channels=MOST_CHANNELS)
+    last = is_last(x, MOST_CHANNELS)
+    levels, others = dense(x, last), [] if target is None else [dense(target, last)]
     constants = launch.parameters("reduce", heuristic, levels, last)
     read = [levels, *others]
     plan = _plan(images, channels, pixels, types_of(read), last, constants["PIXELS"], constants["PIECES"], constants["num_warps"])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..term_batches import Options
 from . import launch
 from .attention import channel_blocks, channel_distance, distance_gradient, logit_factor, spatial_distance
 from .channel_sums import part_offsets
@@ -22,32 +23,6 @@ from .gradient import gradient
 from .levels import Geometry, Sizes, ceil_div, integers, launches, locate, offsets, pick, pick_integer, pick_offset, remembered, sizes_of
 from .map_distance import divisor_of, map_forward, map_gradient
 from .reduce import reduce
-
-
-class Options(NamedTuple):
-    """The operator's arguments that are no tensors."""
-
-    absolute: bool
-    rectify: str
-    normalize: str
-    normalize_t: str
-    distance: str
-    eps: float
-    relative: bool
-    map_temperature: float
-    average: str
-    temperature: float
-    imitations: int
-    scales: list[float]
-
-    def map_constants(self) -> dict[str, str]:
-        return {
-            "RECTIFY": self.rectify,
-            "NORMALIZE": self.normalize,
-            "NORMALIZE_T": self.normalize_t,
-            "DISTANCE": self.distance,
-            "AVERAGE": self.average,
-        }
 
 
 @triton.jit
@@ -223,6 +198,16 @@ class Call(NamedTuple):
         return torch.empty(shape, dtype=torch.float32, device=self.s[0].device)
 
 
+def _map_constants(options: Options) -> dict[str, str]:
+    return {
+        "RECTIFY": options.rectify,
+        "NORMALIZE": options.normalize,
+        "NORMALIZE_T": options.normalize_t,
+        "DISTANCE": options.distance,
+        "AVERAGE": options.average,
+    }
+
+
 def _parsed(args: tuple[Any, ...]) -> tuple[Call, Options]:
     count = len(Call._fields)
     return Call(*args[:count]), Options(*args[count:])
@@ -267,7 +252,8 @@ def _forward(call: Call, options: Options, rows: Tensor, imitations: int) -> lis
     images, channels, pixels = sizes_of(s)
     attends = call.attention_spatial is not None
     buffer = call.buffer
-    state = buffer(3, len(s), images, 8)
+    # Each row uses some of it; the rest is not to differ from run to run.
+    state = torch.zeros(3, len(s), images, 8, dtype=torch.float32, device=s[0].device)
     channel_sums = buffer(images * sum(channels) if attends else 0)
     count = (call.weights is not None) + 2 * attends + imitations
     if count == 0:
@@ -289,7 +275,7 @@ def _forward(call: Call, options: Options, rows: Tensor, imitations: int) -> lis
             sums.error, tuple(call.spatial) if imitations and call.spatial else None, call.factors, rows, state, tuple(options.scales),
             images, len(s), *geometry,
             options.eps, options.map_temperature, options.temperature,
-            **options.map_constants(), RELATIVE=options.relative, IMITATIONS=imitations, **channel_widths, **blocks,
+            **_map_constants(options), RELATIVE=options.relative, IMITATIONS=imitations, **channel_widths, **blocks,
         )  # fmt: skip
     return [
         buffer(0) if sums.raw is None else sums.raw,
@@ -318,7 +304,7 @@ def _gradient(call: Call, options: Options, grad: Tensor | None, saved: Sequence
             call.attention_channel, channel_sums, tuple(call.spatial) or None, call.factors, grad, state,
             product, by_pixel, by_channel, error, tuple(options.scales),
             images, len(s), *geometry,
-            options.map_temperature, options.temperature, **options.map_constants(), IMITATIONS=options.imitations, **blocks,
+            options.map_temperature, options.temperature, **_map_constants(options), IMITATIONS=options.imitations, **blocks,
         )  # fmt: skip
     return gradient(
         s,
