@@ -46,8 +46,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"Inputs are the P3..P7 of 800 x 1344 pixels with 256 channels, two images. Where a cell has several values, they are of "
         f"{', '.join(chips)}, in this order.\n",
         "- rows: type and layout of the features, what the version is compiled for (words in capitals are constants of the kernel that its "
-        "file explains), and the tensors that not all versions take. `PLACES` of `gradient` are, for product, sign and error, the places of "
-        "the vectors along the outer and the inner axis; -1 stands for none, -2 where the summand is absent.\n"
+        "file explains), and the tensors that not all versions take. `PLACES` of `gradient` are, for product, sign and error, the places "
+        "of the vectors along the outer and the inner axis; -1 stands for none, -2 where the summand is absent.\n"
         "- registers: of a thread; local: bytes a thread spills; shared: bytes of shared memory a program; fp64: instructions.\n"
         "- accesses: `4 x 16` are four instructions of 16 bytes a thread. A kernel holds a body for every kind of level, and sizes, being "
         "arguments, choose among them. So the values that a launch has are propagated through the PTX as constants, for the first and the "
