@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -117,6 +117,19 @@ def resolve(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Callable[.
     if _choice == "auto" and not torch.compiler.is_compiling():
         _tell_fallback(primitive, reason)
     return _implementations["reference"][primitive].function
+
+
+def refuses_constants(constants: Iterable[Tensor], device: torch.device, what: str) -> str:
+    """Why fused kernels cannot take these beside the features on `device`: they treat them as fp32 constants. "" when they can.
+
+    what: the constants' name in the plural, for the sentence
+    """
+    given = list(constants)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return f"{what} require a gradient, which only the reference gives"
+    if any(x.dtype == torch.float64 or x.device != device for x in given):
+        return f"{what} are in float64 or on another device"
+    return ""
 
 
 def call(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Any:

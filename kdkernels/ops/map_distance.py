@@ -153,23 +153,9 @@ def fused(
     return _forward(name, pack(maps), pack(target), factors, *sizes, *options)[0]
 
 
-def _refuses(
-    m_s: Sequence[Tensor],
-    m_t: Sequence[Tensor],
-    normalize: str,
-    distance: str,
-    eps: float,
-    eps_mode: str,
-    temperature: float,
-    average: str,
-    spatial: Sequence[Tensor] | None,
-) -> str:
-    constants = [*m_t, *(spatial or ())]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in constants):
-        return "the teacher's maps or the spatial weights require a gradient, which only the reference gives"
-    if any(x.dtype == torch.float64 or x.device != m_s[0].device for x in constants):
-        return "the teacher's maps or the spatial weights are in float64 or on another device"
-    return ""
+def _refuses(m_s: Sequence[Tensor], m_t: Sequence[Tensor], *options: Any) -> str:
+    *_, spatial = options
+    return backend.refuses_constants([*m_t, *(spatial or ())], m_s[0].device, "the teacher's maps or the spatial weights")
 
 
 backend.register("reference", "map_distance", reference)

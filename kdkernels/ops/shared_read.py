@@ -51,9 +51,7 @@ def fused(
 def _refuses(x: list[Tensor], w: list[Tensor], *options: object) -> str:
     if any(v.dim() == 4 for v in w):
         return "a weight per element is in the reference only"
-    if torch.is_grad_enabled() and any(v.requires_grad for v in (*x, *w)):
-        return "features or weights require a gradient, which only the reference gives"
-    return ""
+    return backend.refuses_constants([*x, *w], x[0].device, "features or weights")
 
 
 backend.register("reference", "shared_read", reference)

@@ -208,11 +208,7 @@ def refuses(features: Sequence[Tensor], wanted: Wanted) -> str:
         return "a weight per element is in the reference only"
     parts = [part for term, factor in wanted for part in (*term, [factor]) if isinstance(part, (list, tuple))]
     constants = [x for part in parts for x in part if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in constants):
-        return "the teacher's features or the weights require a gradient, which only the reference gives"
-    if any(x.dtype == torch.float64 or x.device != features[0].device for x in constants):
-        return "the teacher's side is in float64 or on another device"
-    return ""
+    return backend.refuses_constants(constants, features[0].device, "the teacher's features or the weights")
 
 
 backend.register("reference", "terms", reference)

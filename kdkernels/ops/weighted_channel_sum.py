@@ -97,11 +97,7 @@ def fused(
 def _refuses(levels: Sequence[Tensor], weights: Sequence[Tensor], activation: str, rectify: str) -> str:
     if any(weight.dim() != 2 for weight in weights):
         return "a weight per element is in the reference only"
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-        return "the weights require a gradient, which only the reference gives"
-    if any(weight.dtype == torch.float64 or weight.device != levels[0].device for weight in weights):
-        return "the weights are in float64 or on another device"
-    return ""
+    return backend.refuses_constants(weights, levels[0].device, "the weights")
 
 
 backend.register("reference", "weighted_channel_sum", reference)
