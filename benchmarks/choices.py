@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .compare import statistics
+
 
 def choices(known: Sequence[Any]) -> Callable[[str], list[Any]]:
     """An argparse type: "a,b" -> [a, b], each one of `known` and of its type; anything else is refused with the choices named."""
@@ -38,4 +40,12 @@ def whole(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more; got {text!r}")
+    return value
+
+
+def rounds(text: str) -> int:
+    """An argparse type: so many paired rounds that they can decide anything."""
+    value = whole(text)
+    if value < statistics.FIRST:
+        raise argparse.ArgumentTypeError(f"fewer than {statistics.FIRST} rounds decide nothing")
     return value

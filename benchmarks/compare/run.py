@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from ..choices import rounds
 from . import statistics
 from .process import Worker
 from .rounds import Result, Side, compare, exit_code
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=_percent, default=0.03, metavar="PERCENT", help="what does not matter (default: 3)")
     parser.add_argument(
         "--max-rounds",
-        type=_rounds,
+        type=rounds,
         default=20,
         metavar="N",
         help=f"most rounds for a cell that stays undecided, at least {statistics.FIRST} (default: %(default)s)",
@@ -138,13 +139,6 @@ def _percent(text: str) -> float:
     value = float(text) / 100
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError("wanted: more than 0 and less than 100")
-    return value
-
-
-def _rounds(text: str) -> int:
-    value = int(text)
-    if value < statistics.FIRST:
-        raise argparse.ArgumentTypeError(f"fewer than {statistics.FIRST} rounds decide nothing")
     return value
 
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..choices import choices, whole
-from ..compare import statistics
+from ..choices import choices, rounds
 from ..measure.provenance import provenance
 from ..providers import absent, providers
 from ..registry import DTYPES, LAYOUTS, Case
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several("layout", tuple(LAYOUTS))
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=gpu, help="cuda or cuda:N (default: the first GPU)")
-    parser.add_argument("--rounds", type=_rounds, default=30, help="the most that decide about one entry (default: 30)")
+    parser.add_argument("--rounds", type=rounds, default=30, help="the most that decide about one entry (default: 30)")
     where = "the table, made or added to; what it has is kept (default: where kdkernels looks for this GPU's)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=where)
     parser.add_argument("--again", action="store_true", help="measure also what FILE has")
@@ -194,13 +193,6 @@ def write(output: Path, table: Mapping[str, Any]) -> None:
 
 def _grid(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     return list(product(args.kernel, args.dtype, args.layout, args.case))
-
-
-def _rounds(text: str) -> int:
-    value = whole(text)
-    if value < statistics.FIRST:
-        raise argparse.ArgumentTypeError(f"fewer than {statistics.FIRST} rounds decide nothing")
-    return value
 
 
 def _tell(message: str) -> None:
