@@ -152,6 +152,14 @@ def _store_state(state, maximum, scale, q):
 
 
 @triton.jit
+def _place(pixels, channels, programs, ends):
+    """This program's level, image and number within the image, and the level's pixels and channels; programs: per image"""
+    level, program = locate(ends)
+    n = (program // pick_integer(programs, level)).to(tl.int64)
+    return level, n, program % pick_integer(programs, level), pick_integer(pixels, level), pick_integer(channels, level)
+
+
+@triton.jit
 def attention_kernel(
     sums, parts, spatial, channel, pixels, channels, pixel_offsets, channel_offsets, part_offsets, tiles, programs, ends, temperature,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_TILES: tl.constexpr,
@@ -161,11 +169,7 @@ def attention_kernel(
     These work out the statistics of the whole map each for itself: it is small and lies in the L2 cache.
     tiles: of the channel parts, per image;   programs: per image
     """
-    level, program = locate(ends)
-    size = pick_integer(pixels, level)
-    count = pick_integer(channels, level)
-    n = (program // pick_integer(programs, level)).to(tl.int64)
-    part = program % pick_integer(programs, level)
+    level, n, part, size, count = _place(pixels, channels, programs, ends)
     if part == 0:
         rows = pick_integer(tiles, level)
         b = sum_parts(parts + pick_offset(part_offsets, level) + n * rows * count, rows, count, BLOCK_C, BLOCK_TILES)
@@ -204,11 +208,7 @@ def attention_backward_kernel(
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sums a (`of_pixel`) and b (`of_channel`), by programs as in `attention_kernel`."""
-    level, program = locate(ends)
-    size = pick_integer(pixels, level)
-    count = pick_integer(channels, level)
-    n = (program // pick_integer(programs, level)).to(tl.int64)
-    part = program % pick_integer(programs, level)
+    level, n, part, size, count = _place(pixels, channels, programs, ends)
     if part == 0:
         base = pick_offset(channel_offsets, level) + n * count
         factor = logit_factor(size, temperature)

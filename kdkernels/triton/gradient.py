@@ -283,13 +283,14 @@ def _flat(
 
 
 @triton.jit
-def _program(
+def _kernel(
     x,
     target,
     arriving,
     out,
     vectors,
     parts,
+    unless,
     ends,
     tiles,
     outers,
@@ -304,6 +305,10 @@ def _program(
     STEPS: tl.constexpr,
     BLOCK_FLAT: tl.constexpr,
 ):
+    # Not with `and`, of which Triton may compile both sides: there is nothing to load without the pointer.
+    if unless is not None:  # noqa: SIM102
+        if tl.load(unless) != 0:
+            return
     level, program = locate(ends)
     count = pick_integer(tiles, level)
     n = program // count
@@ -331,39 +336,6 @@ def _program(
         part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, 1, BLOCK_FLAT)
     if parts is not None:
         tl.store(parts + tl.program_id(0), part)
-
-
-@triton.jit
-def _kernel(
-    x,
-    target,
-    arriving,
-    out,
-    vectors,
-    parts,
-    unless,
-    ends,
-    tiles,
-    outers,
-    inners,
-    outer_offsets,
-    inner_offsets,
-    PLACES: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_FLAT: tl.constexpr,
-):
-    right = 0
-    if unless is not None:
-        right = tl.load(unless)
-    if right == 0:
-        _program(
-            x, target, arriving, out, vectors, parts, ends, tiles, outers, inners, outer_offsets, inner_offsets,
-            PLACES, ABSOLUTE, VECTOR, BLOCK_OUTER, BLOCK_INNER, STEPS, BLOCK_FLAT,
-        )  # fmt: skip
 
 
 # `values` is a row of a larger result: whether it begins on 16 bytes depends on the batch.
