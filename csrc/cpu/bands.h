@@ -1,0 +1,63 @@
+// Both passes go through a pyramid in bands: some neighbouring pixels of an image with all their channels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../include/pyramid.h"
+
+namespace kd {
+
+// Where each level's maps (N, P) and vectors (N, C) begin in packed buffers.
+struct Places {
+  std::vector<int64_t> map, vector;
+
+  explicit Places(const Pyramid& x) {
+    int64_t pixels = 0, channels = 0;
+    for (size_t level = 0; level < x.size(); ++level) {
+      map.push_back(pixels * x.images());
+      vector.push_back(channels * x.images());
+      pixels += x[level].pixels;
+      channels += x[level].channels;
+    }
+  }
+};
+
+// first, pixels: of the image's map;   number: among the bands of the image;   index: among all bands
+struct Band {
+  size_t level;
+  int64_t image, first, pixels, number, index;
+};
+
+class Bands {
+ public:
+  // Images of these levels one after the other; no more than `most` pixels a band.
+  Bands(const Pyramid& x, int64_t most) : most_(most), images_(x.images()) {
+    int64_t total = 0;
+    for (size_t level = 0; level < x.size(); ++level) {
+      firsts_.push_back(total);
+      pixels_.push_back(x[level].pixels);
+      total += images_ * of_image(level);
+    }
+    firsts_.push_back(total);
+  }
+
+  int64_t count() const { return firsts_.back(); }
+  int64_t of_image(size_t level) const { return (pixels_[level] + most_ - 1) / most_; }
+  // The index of an image's first band.
+  int64_t first_of(size_t level, int64_t image) const { return firsts_[level] + image * of_image(level); }
+
+  Band operator[](int64_t index) const {
+    size_t level = 0;
+    while (index >= firsts_[level + 1]) ++level;
+    const int64_t number = (index - firsts_[level]) % of_image(level);
+    const int64_t first = number * most_;
+    return {level, (index - firsts_[level]) / of_image(level), first, std::min(most_, pixels_[level] - first), number, index};
+  }
+
+ private:
+  int64_t most_, images_;
+  std::vector<int64_t> firsts_, pixels_;
+};
+
+}  // namespace kd

@@ -1,0 +1,154 @@
+#include "gradient.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "parallel.h"
+#include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace kd {
+namespace {
+
+constexpr int64_t PIXELS = 2048;
+// Bytes of a gradient above which it does not stay in the caches until somebody reads it.
+constexpr int64_t STREAMED = int64_t{8} << 20;
+constexpr int64_t LANES = 16;
+
+// What a thread needs for one band.
+struct Scratch {
+  std::vector<float> product, sign, error, made, x, target, arriving;
+  std::vector<char> narrow;
+};
+
+class Writer {
+ public:
+  Writer(const Pyramid& x, const Writing& wanted, const Results& out)
+      : x_(x), wanted_(wanted), out_(out), places_(x), bands_(x, PIXELS), rows_(row_kernels()) {
+    int64_t bytes = 0;
+    for (size_t level = 0; level < x.size(); ++level) bytes += x.images() * x[level].image_bytes();
+    streamed_ = bytes >= STREAMED;
+    if (wanted.values != nullptr) values_.resize(bands_.count());
+  }
+
+  void run(PixelsOf by_pixel, const void* context) {
+    for_each(bands_.count(), [&](int64_t i) {
+      thread_local Scratch scratch;
+      const Band band = bands_[i];
+      write(band, scratch, by_pixel, context);
+#if defined(__x86_64__)
+      // What was streamed is to be seen by whoever comes after this piece.
+      _mm_sfence();
+#endif
+    });
+    if (wanted_.values == nullptr) return;
+    for (size_t level = 0; level < x_.size(); ++level) {
+      for (int64_t image = 0; image < x_.images(); ++image) {
+        const auto first = values_.begin() + bands_.first_of(level, image);
+        const double total = std::accumulate(first, first + bands_.of_image(level), 0.0);
+        wanted_.values[level * x_.images() + image] = static_cast<float>(0.5 * total);
+      }
+    }
+  }
+
+ private:
+  void write(const Band& band, Scratch& scratch, PixelsOf by_pixel, const void* context) {
+    const Level& x = x_[band.level];
+    const Level* target = wanted_.has_error ? &(*wanted_.target)[band.level] : nullptr;
+    const Level* arriving = wanted_.arriving != nullptr ? &(*wanted_.arriving)[band.level] : nullptr;
+    const bool mixed = (target != nullptr && target->type != x.type) || (arriving != nullptr && arriving->type != x.type);
+    const int type = static_cast<int>(mixed ? Type::fp32 : x.type);
+    const int64_t outer = x.last ? band.pixels : x.channels, count = x.last ? x.channels : band.pixels;
+    const PixelFactors pixel = {
+        sized(scratch.product, wanted_.has_product && wanted_.product_by_pixel, band.pixels),
+        sized(scratch.sign, wanted_.has_sign && wanted_.sign_by_pixel, band.pixels),
+        sized(scratch.error, wanted_.has_error && wanted_.error_by_pixel, band.pixels),
+    };
+    if (by_pixel != nullptr) by_pixel(context, band, pixel);
+    const int64_t vector = places_.vector[band.level] + band.image * x.channels;
+    const auto of_channels = [&](const float* all) { return all != nullptr ? all + vector : nullptr; };
+    const float* by_channel[3] = {of_channels(wanted_.product_channel), of_channels(wanted_.sign_channel), of_channels(wanted_.error_channel)};
+    const float* by_place[3] = {pixel.product, pixel.sign, pixel.error};
+    // Along a row run pixels or, in channels_last, channels.
+    const float* const* along = x.last ? by_channel : by_place;
+    const float* const* of_row = x.last ? by_place : by_channel;
+    const bool reads = wanted_.has_sign || wanted_.has_error || wanted_.absolute;
+    float lanes[LANES] = {};
+    Gradient a{};
+    a.count = count;
+    a.product = along[0], a.sign = along[1], a.error = along[2];
+    a.has_product = wanted_.has_product, a.has_sign = wanted_.has_sign, a.has_error = wanted_.has_error;
+    a.absolute = wanted_.absolute;
+    a.values = wanted_.values != nullptr ? lanes : nullptr;
+    a.made = sized(scratch.made, true, count);
+    for (int64_t row = 0; row < outer; ++row) {
+      a.x = reads ? place(x, band, row) : nullptr;
+      a.target = target != nullptr ? place(*target, band, row) : nullptr;
+      a.arriving = arriving != nullptr ? place(*arriving, band, row) : nullptr;
+      if (mixed) {
+        a.x = widened(a.x, x, scratch.x, count);
+        if (target != nullptr) a.target = widened(a.target, *target, scratch.target, count);
+        if (arriving != nullptr) a.arriving = widened(a.arriving, *arriving, scratch.arriving, count);
+      }
+      a.by_product = of_row[0] != nullptr ? of_row[0][row] : 1.0f;
+      a.by_sign = of_row[1] != nullptr ? of_row[1][row] : 0.0f;
+      a.by_error = of_row[2] != nullptr ? of_row[2][row] : 1.0f;
+      rows_.gradient[type](a);
+      put(place(out_[band.level], band, row), x.type, a.made, count, scratch);
+    }
+    if (a.values != nullptr) values_[band.index] = std::accumulate(lanes, lanes + LANES, 0.0);
+  }
+
+  static float* sized(std::vector<float>& buffer, bool wanted, int64_t count) {
+    if (!wanted) return nullptr;
+    if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(count);
+    return buffer.data();
+  }
+
+  static char* place(const Level& level, const Band& band, int64_t row) {
+    const int64_t first = band.first * (level.last ? level.row_bytes() : bytes_of(level.type));
+    return level.data + band.image * level.image_bytes() + first + row * level.row_bytes();
+  }
+
+  const char* widened(const char* row, const Level& level, std::vector<float>& buffer, int64_t count) const {
+    if (row == nullptr) return nullptr;
+    rows_.widen[static_cast<int>(level.type)](row, sized(buffer, true, count), count);
+    return reinterpret_cast<const char*>(buffer.data());
+  }
+
+  void put(char* to, Type type, const float* made, int64_t count, Scratch& scratch) const {
+    const char* from = reinterpret_cast<const char*>(made);
+    const int64_t bytes = count * bytes_of(type);
+    if (type != Type::fp32) {
+      if (static_cast<int64_t>(scratch.narrow.size()) < bytes) scratch.narrow.resize(bytes);
+      rows_.narrow[static_cast<int>(type)](made, scratch.narrow.data(), count);
+      from = scratch.narrow.data();
+    }
+    if (streamed_) {
+      rows_.stream(to, from, bytes);
+    } else {
+      std::copy_n(from, bytes, to);
+    }
+  }
+
+  const Pyramid& x_;
+  const Writing& wanted_;
+  const Results& out_;
+  const Places places_;
+  const Bands bands_;
+  const RowKernels& rows_;
+  bool streamed_;
+  std::vector<double> values_;
+};
+
+}  // namespace
+
+void gradient(const Pyramid& x, const Writing& wanted, const Results& out, PixelsOf by_pixel, const void* context) {
+  Writer(x, wanted, out).run(by_pixel, context);
+}
+
+}  // namespace kd

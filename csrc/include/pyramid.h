@@ -1,0 +1,79 @@
+// Pyramids as the kernels see them: levels (N, C, H, W) of fp32, fp16 or bf16, each dense, channels before or behind the pixels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace kd {
+
+using torch::stable::Tensor;
+
+enum class Type { fp32, fp16, bf16 };
+
+inline int64_t bytes_of(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+// data: (N, C, P) or, with `last`, (N, P, C);   P: height * width
+struct Level {
+  char* data;
+  Type type;
+  int64_t images, channels, pixels;
+  bool last;
+
+  int64_t row_bytes() const { return (last ? channels : pixels) * bytes_of(type); }
+  int64_t image_bytes() const { return channels * pixels * bytes_of(type); }
+};
+
+// The type of x. Raises where no kernel takes it.
+Type type_of(const Tensor& x);
+
+// Whether x (N, C, H, W) is dense with its channels behind its pixels, and not also contiguous.
+bool is_channels_last(const Tensor& x);
+
+// Levels whose memory lives as long as this does: that of the tensors where they are dense, a copy otherwise.
+class Pyramid {
+ public:
+  // x: levels (N, C, H, W).  like: another pyramid of the same shapes, in whose layout each level is to be.
+  explicit Pyramid(const std::vector<Tensor>& x, const Pyramid* like = nullptr);
+
+  const Level& operator[](size_t level) const { return levels_[level]; }
+  size_t size() const { return levels_.size(); }
+  int64_t images() const { return levels_.empty() ? 0 : levels_[0].images; }
+  // Sums over the levels.
+  int64_t channels() const;
+  int64_t pixels() const;
+
+ private:
+  std::vector<Tensor> held_;
+  std::vector<Level> levels_;
+};
+
+// New levels of the strides that `torch.empty_like` gives x; written in the layout of `like`, and brought to their own by `finish`.
+class Results {
+ public:
+  Results(const std::vector<Tensor>& x, const Pyramid& like);
+  // Writes to tensors that there are, of such strides.
+  Results(std::vector<Tensor> out, const Pyramid& like, bool);
+
+  const Level& operator[](size_t level) const { return levels_[level]; }
+  std::vector<Tensor> finish();
+
+ private:
+  void place(const Pyramid& like);
+
+  std::vector<Tensor> results_, written_;
+  std::vector<Level> levels_;
+};
+
+// An fp32 tensor of this shape on x's device, uninitialised.
+Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape);
+
+// The elements of a dense fp32 tensor.
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+inline const float* floats(const std::optional<Tensor>& x) { return x ? floats(*x) : nullptr; }
+
+}  // namespace kd

@@ -1,0 +1,85 @@
+#include "include/pyramid.h"
+
+namespace kd {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+bool is_dense(const Tensor& x, bool last) { return last ? is_channels_last(x) : x.is_contiguous(); }
+
+Level level_of(const Tensor& x, bool last) {
+  return {static_cast<char*>(x.mutable_data_ptr()), type_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), last};
+}
+
+}  // namespace
+
+Type type_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Float) return Type::fp32;
+  if (type == ScalarType::Half) return Type::fp16;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, "kdkernels takes float32, float16 and bfloat16; got ", toString(type));
+  return Type::bf16;
+}
+
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t wanted[] = {height * width * channels, 1, width * channels, channels};
+  for (int axis = 0; axis < 4; ++axis) {
+    if (x.size(axis) != 1 && x.stride(axis) != wanted[axis]) return false;
+  }
+  return true;
+}
+
+Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
+  held_.reserve(x.size());
+  levels_.reserve(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    STD_TORCH_CHECK(x[i].is_cpu() && x[i].dim() == 4, "level ", i, ": expected (N, C, H, W) on the CPU");
+    const bool last = like == nullptr ? is_channels_last(x[i]) : (*like)[i].last;
+    const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    held_.push_back(is_dense(x[i], last) ? x[i] : torch::stable::contiguous(x[i], format));
+    levels_.push_back(level_of(held_.back(), last));
+  }
+}
+
+int64_t Pyramid::channels() const {
+  int64_t sum = 0;
+  for (const Level& level : levels_) sum += level.channels;
+  return sum;
+}
+
+int64_t Pyramid::pixels() const {
+  int64_t sum = 0;
+  for (const Level& level : levels_) sum += level.pixels;
+  return sum;
+}
+
+Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
+  for (const Tensor& level : x) results_.push_back(torch::stable::empty_like(level));
+  place(like);
+}
+
+Results::Results(std::vector<Tensor> out, const Pyramid& like, bool) : results_(std::move(out)) { place(like); }
+
+void Results::place(const Pyramid& like) {
+  for (size_t i = 0; i < results_.size(); ++i) {
+    const bool last = like[i].last;
+    // Levels of another layout than the kernels' get their values in the end.
+    const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    written_.push_back(is_dense(results_[i], last) ? results_[i] : torch::stable::contiguous(results_[i], format));
+    levels_.push_back(level_of(written_.back(), last));
+  }
+}
+
+std::vector<Tensor> Results::finish() {
+  for (size_t i = 0; i < results_.size(); ++i) {
+    if (written_[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written_[i]);
+  }
+  return std::move(results_);
+}
+
+Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape) { return torch::stable::new_empty(x, shape, ScalarType::Float); }
+
+}  // namespace kd
