@@ -1,6 +1,7 @@
 // Both passes go through a pyramid in bands: some neighbouring pixels of an image with all their channels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -23,6 +24,13 @@ struct Places {
   }
 };
 
+// Some of the images of a pyramid, counted level after level: image n of level l is l * N + n.
+struct Images {
+  int64_t first, last;
+};
+
+inline Images all_images(const Pyramid& x) { return {0, static_cast<int64_t>(x.size()) * x.images()}; }
+
 // first, pixels: of the image's map;   number: among the bands of the image;   index: among all bands
 struct Band {
   size_t level;
@@ -43,6 +51,11 @@ class Bands {
   }
 
   int64_t count() const { return firsts_.back(); }
+  // The index of the first band of image `place` of `Images`, and behind the last image the number of bands.
+  int64_t before(int64_t place) const {
+    if (images_ == 0 || place == images_ * static_cast<int64_t>(pixels_.size())) return count();
+    return first_of(place / images_, place % images_);
+  }
   int64_t of_image(size_t level) const { return (pixels_[level] + most_ - 1) / most_; }
   // The index of an image's first band.
   int64_t first_of(size_t level, int64_t image) const { return firsts_[level] + image * of_image(level); }

@@ -34,7 +34,7 @@ std::vector<Tensor> channel_mean_backward(std::vector<Tensor> x, Tensor grad, bo
   wanted.has_product = true;
   wanted.product_channel = floats(shares);
   wanted.absolute = absolute;
-  gradient(levels, wanted, out, nullptr, nullptr);
+  gradient(levels, wanted, out, nullptr);
   return out.finish();
 }
 

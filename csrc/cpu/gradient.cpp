@@ -35,28 +35,27 @@ class Writer {
     if (wanted.values != nullptr) values_.resize(bands_.count());
   }
 
-  void run(PixelsOf by_pixel, const void* context) {
-    for_each(bands_.count(), [&](int64_t i) {
+  void run(const PixelsOf& by_pixel, Images images) {
+    const int64_t first = bands_.before(images.first);
+    for_each(bands_.before(images.last) - first, [&](int64_t i) {
       thread_local Scratch scratch;
-      const Band band = bands_[i];
-      write(band, scratch, by_pixel, context);
+      const Band band = bands_[first + i];
+      write(band, scratch, by_pixel);
 #if defined(__x86_64__)
       // What was streamed is to be seen by whoever comes after this piece.
       _mm_sfence();
 #endif
     });
     if (wanted_.values == nullptr) return;
-    for (size_t level = 0; level < x_.size(); ++level) {
-      for (int64_t image = 0; image < x_.images(); ++image) {
-        const auto first = values_.begin() + bands_.first_of(level, image);
-        const double total = std::accumulate(first, first + bands_.of_image(level), 0.0);
-        wanted_.values[level * x_.images() + image] = static_cast<float>(0.5 * total);
-      }
+    for (int64_t place = images.first; place < images.last; ++place) {
+      const auto begin = values_.begin() + bands_.before(place);
+      const double total = std::accumulate(begin, begin + bands_.of_image(place / x_.images()), 0.0);
+      wanted_.values[place] = static_cast<float>(0.5 * total);
     }
   }
 
  private:
-  void write(const Band& band, Scratch& scratch, PixelsOf by_pixel, const void* context) {
+  void write(const Band& band, Scratch& scratch, const PixelsOf& by_pixel) {
     const Level& x = x_[band.level];
     const Level* target = wanted_.has_error ? &(*wanted_.target)[band.level] : nullptr;
     const Level* arriving = wanted_.arriving != nullptr ? &(*wanted_.arriving)[band.level] : nullptr;
@@ -68,7 +67,7 @@ class Writer {
         sized(scratch.sign, wanted_.has_sign && wanted_.sign_by_pixel, band.pixels),
         sized(scratch.error, wanted_.has_error && wanted_.error_by_pixel, band.pixels),
     };
-    if (by_pixel != nullptr) by_pixel(context, band, pixel);
+    if (by_pixel) by_pixel(band, pixel);
     const int64_t vector = places_.vector[band.level] + band.image * x.channels;
     const auto of_channels = [&](const float* all) { return all != nullptr ? all + vector : nullptr; };
     const float* by_channel[3] = {of_channels(wanted_.product_channel), of_channels(wanted_.sign_channel), of_channels(wanted_.error_channel)};
@@ -80,6 +79,7 @@ class Writer {
     float lanes[LANES] = {};
     Gradient a{};
     a.count = count;
+    a.ahead = x.row_bytes();
     a.product = along[0], a.sign = along[1], a.error = along[2];
     a.has_product = wanted_.has_product, a.has_sign = wanted_.has_sign, a.has_error = wanted_.has_error;
     a.absolute = wanted_.absolute;
@@ -147,8 +147,8 @@ class Writer {
 
 }  // namespace
 
-void gradient(const Pyramid& x, const Writing& wanted, const Results& out, PixelsOf by_pixel, const void* context) {
-  Writer(x, wanted, out).run(by_pixel, context);
+void gradient(const Pyramid& x, const Writing& wanted, const Results& out, const PixelsOf& by_pixel, Images images) {
+  Writer(x, wanted, out).run(by_pixel, images);
 }
 
 }  // namespace kd

@@ -1,6 +1,8 @@
 // The write pass: a pyramid's gradient, from vectors per channel and per pixel and one more read of the pyramid.
 #pragma once
 
+#include <functional>
+
 #include "../include/pyramid.h"
 #include "bands.h"
 
@@ -26,8 +28,13 @@ struct Writing {
   float* values = nullptr;
 };
 
-// Writes the gradient of x. by_pixel(band, factors) fills the band's numbers that Writing says there are.
-using PixelsOf = void (*)(const void* context, const Band& band, const PixelFactors& factors);
-void gradient(const Pyramid& x, const Writing& wanted, const Results& out, PixelsOf by_pixel, const void* context);
+// Fills the numbers of a band's pixels that Writing says there are.
+using PixelsOf = std::function<void(const Band& band, const PixelFactors& factors)>;
+
+// Writes the gradient of these images of x.
+void gradient(const Pyramid& x, const Writing& wanted, const Results& out, const PixelsOf& by_pixel, Images images);
+inline void gradient(const Pyramid& x, const Writing& wanted, const Results& out, const PixelsOf& by_pixel) {
+  gradient(x, wanted, out, by_pixel, all_images(x));
+}
 
 }  // namespace kd

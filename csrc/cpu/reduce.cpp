@@ -11,6 +11,7 @@ namespace kd {
 namespace {
 
 constexpr int64_t PIXELS = 2048;
+constexpr int64_t AHEAD = 16384;
 
 // Rows of x and of its target as fp32, where they are of different types.
 class Widened {
@@ -65,13 +66,13 @@ void read_band(const Level& x, const Level* target, const Band& band, const Plac
     }
     if (x.last) {
       Across a{{}, {}, count, weights, error_weights, raw ? raw + row : nullptr, magnitude ? magnitude + row : nullptr,
-               error ? error + row : nullptr, sums, wanted.absolute, wanted.sums == ChannelSums::of_magnitudes};
+               error ? error + row : nullptr, sums, wanted.absolute, wanted.sums == ChannelSums::of_magnitudes, AHEAD};
       std::copy_n(xs, together, a.x);
       std::copy_n(targets, together, a.target);
       rows.across[type][together > 1](a);
     } else {
       Down a{{}, {}, count, {}, {}, raw, magnitude, error, sums ? sums + row : nullptr, wanted.absolute,
-             wanted.sums == ChannelSums::of_magnitudes};
+             wanted.sums == ChannelSums::of_magnitudes, together * x.row_bytes()};
       for (int r = 0; r < together; ++r) {
         a.x[r] = xs[r];
         a.target[r] = targets[r];
@@ -86,36 +87,30 @@ void read_band(const Level& x, const Level* target, const Band& band, const Plac
 
 }  // namespace
 
-void reduce(const Pyramid& x, const Reading& wanted) {
+void reduce(const Pyramid& x, const Reading& wanted, Images images) {
   const Places places(x);
   const Bands bands(x, PIXELS);
-  // Sums of each band, level after level (N, bands, C).
-  std::vector<int64_t> part_places;
-  int64_t parts_count = 0;
-  for (size_t level = 0; level < x.size(); ++level) {
-    part_places.push_back(parts_count);
-    parts_count += x.images() * bands.of_image(level) * x[level].channels;
-  }
   const bool sums = wanted.sums != ChannelSums::none;
-  std::vector<float> parts(sums ? parts_count : 0);
-  const auto part = [&](const Band& band) {
-    const int64_t of_image = bands.of_image(band.level);
-    return parts.data() + part_places[band.level] + (band.image * of_image + band.number) * x[band.level].channels;
-  };
-  for_each(bands.count(), [&](int64_t i) {
-    const Band band = bands[i];
+  // Sums of each band, one after the other as the bands are.
+  const int64_t first = bands.before(images.first), count = bands.before(images.last) - first;
+  std::vector<int64_t> part_places(count + 1);
+  for (int64_t i = 0; i < count; ++i) part_places[i + 1] = part_places[i] + (sums ? x[bands[first + i].level].channels : 0);
+  std::vector<float> parts(part_places[count]);
+  for_each(count, [&](int64_t i) {
+    const Band band = bands[first + i];
     const Level* target = wanted.target != nullptr ? &(*wanted.target)[band.level] : nullptr;
-    read_band(x[band.level], target, band, places, wanted, sums ? part(band) : nullptr);
+    read_band(x[band.level], target, band, places, wanted, sums ? parts.data() + part_places[i] : nullptr);
   });
   if (!sums) return;
-  for_each(static_cast<int64_t>(x.size()) * x.images(), [&](int64_t i) {
-    const size_t level = i / x.images();
-    const int64_t image = i % x.images(), channels = x[level].channels;
-    float* out = wanted.channel + places.vector[level] + image * channels;
-    const float* first = parts.data() + part_places[level] + image * bands.of_image(level) * channels;
+  for_each(images.last - images.first, [&](int64_t i) {
+    const int64_t place = images.first + i;
+    const size_t level = place / x.images();
+    const int64_t channels = x[level].channels, of_image = bands.of_image(level);
+    const float* part = parts.data() + part_places[bands.before(place) - first];
+    float* out = wanted.channel + places.vector[level] + (place % x.images()) * channels;
     for (int64_t c = 0; c < channels; ++c) {
       double total = 0;
-      for (int64_t b = 0; b < bands.of_image(level); ++b) total += first[b * channels + c];
+      for (int64_t b = 0; b < of_image; ++b) total += part[b * channels + c];
       out[c] = static_cast<float>(total);
     }
   });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../include/pyramid.h"
+#include "bands.h"
 
 namespace kd {
 
@@ -24,7 +25,8 @@ struct Reading {
   float* channel = nullptr;
 };
 
-// Reads all of x.
-void reduce(const Pyramid& x, const Reading& wanted);
+// Reads these images of x.
+void reduce(const Pyramid& x, const Reading& wanted, Images images);
+inline void reduce(const Pyramid& x, const Reading& wanted) { reduce(x, wanted, all_images(x)); }
 
 }  // namespace kd

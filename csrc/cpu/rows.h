@@ -22,6 +22,7 @@ struct Down {
   float *raw, *magnitude, *error;
   float* sums;
   bool absolute, of_magnitudes;
+  int64_t ahead;
 };
 
 // Rows of a channels_last level whose elements have weights: the sums of each row, and of the rows element by element.
@@ -35,6 +36,7 @@ struct Across {
   float *raw, *magnitude, *error;
   float* channel;
   bool absolute, of_magnitudes;
+  int64_t ahead;
 };
 
 // One row of a gradient, in fp32:
@@ -49,6 +51,7 @@ struct Gradient {
   bool has_product, has_sign, has_error, absolute;
   float* values;
   float* made;
+  int64_t ahead;
 };
 
 struct RowKernels {

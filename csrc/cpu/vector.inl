@@ -15,6 +15,7 @@ typedef int32_t Truth;
 typedef float Register __attribute__((vector_size(4 * KD_WIDTH)));
 typedef int32_t Integers __attribute__((vector_size(4 * KD_WIDTH)));
 typedef Integers Truth;
+typedef uint16_t Shorts __attribute__((vector_size(2 * KD_WIDTH)));
 #endif
 
 #define KD_INLINE static inline __attribute__((always_inline))
@@ -128,14 +129,27 @@ KD_INLINE Floats lane_numbers() {
 
 KD_INLINE Mask first_lanes(int64_t count) { return lane_numbers() < static_cast<float>(std::min(count, LANES)); }
 
-// In one fixed order.
+// Halves added to each other until one is left, whatever the width of a register.
 KD_INLINE float sum(const Floats& x) {
-  alignas(64) float lanes[LANES];
+#if KD_WIDTH == 1
+  float lanes[LANES];
   store(lanes, x);
   for (int64_t half = LANES / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#else
+#if KD_WIDTH == 16
+  __m256 halves[2];
+  std::memcpy(halves, &x, sizeof halves);
+  const __m256 eight = halves[0] + halves[1];
+#else
+  const __m256 eight = (__m256)(x.part[0] + x.part[1]);
+#endif
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+#endif
 }
 
 KD_INLINE float largest(const Floats& x) {
@@ -190,13 +204,14 @@ struct BFloat16 {
 
 KD_INLINE Floats load(const BFloat16* from) {
   Floats result;
-#if KD_WIDTH == 16
-  result.part[0] = (Register)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#elif KD_WIDTH == 8
-  KD_PARTS result.part[part] =
-      (Register)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + KD_WIDTH * part))), 16);
-#else
+#if KD_WIDTH == 1
   KD_PARTS result.part[part] = from_bits(static_cast<int32_t>(static_cast<uint32_t>(from[part].bits) << 16));
+#else
+  KD_PARTS {
+    Shorts narrow;
+    std::memcpy(&narrow, from + KD_WIDTH * part, sizeof narrow);
+    result.part[part] = from_bits(__builtin_convertvector(narrow, Integers) << 16);
+  }
 #endif
   return result;
 }
@@ -231,7 +246,6 @@ KD_INLINE void store(BFloat16* to, const Floats& x) {
     to[part].bits = static_cast<uint16_t>(x.part[part] == x.part[part] ? rounded : 0x7fc0);
   }
 #else
-  typedef uint16_t Shorts __attribute__((vector_size(2 * KD_WIDTH)));
   KD_PARTS {
     const Integers bits = bits_of(x.part[part]);
     const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
