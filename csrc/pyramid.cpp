@@ -1,5 +1,9 @@
 #include "include/pyramid.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace kd {
 namespace {
 
@@ -10,6 +14,17 @@ bool is_dense(const Tensor& x, bool last) { return last ? is_channels_last(x) : 
 
 Level level_of(const Tensor& x, bool last) {
   return {static_cast<char*>(x.mutable_data_ptr()), type_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), last};
+}
+
+// Large new memory comes page by page as it is first written to, which takes as long as the writing; with large pages it does not.
+void advise_huge_pages(const Tensor& x) {
+#ifdef __linux__
+  constexpr uintptr_t PAGE = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + x.numel() * x.element_size()) / PAGE * PAGE;
+  // Refused where the system has none: then it is as it was.
+  if (end >= first + 2 * PAGE) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace
@@ -57,7 +72,10 @@ int64_t Pyramid::pixels() const {
 }
 
 Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
-  for (const Tensor& level : x) results_.push_back(torch::stable::empty_like(level));
+  for (const Tensor& level : x) {
+    results_.push_back(torch::stable::empty_like(level));
+    advise_huge_pages(results_.back());
+  }
   place(like);
 }
 
@@ -80,6 +98,6 @@ std::vector<Tensor> Results::finish() {
   return std::move(results_);
 }
 
-Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape) { return torch::stable::new_empty(x, shape, ScalarType::Float); }
+Tensor new_floats(const std::vector<int64_t>& shape) { return torch::stable::empty(shape, ScalarType::Float); }
 
 }  // namespace kd

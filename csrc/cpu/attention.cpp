@@ -30,8 +30,8 @@ void for_each_attention(const Pyramid& x, double temperature, const Run& run) {
 
 std::tuple<Tensor, Tensor> attention(std::vector<Tensor> x, double temperature) {
   const Pyramid levels(x);
-  const Tensor spatial = new_floats(x[0], {levels.images() * levels.pixels()});
-  const Tensor channel = new_floats(x[0], {levels.images() * levels.channels()});
+  const Tensor spatial = new_floats({levels.images() * levels.pixels()});
+  const Tensor channel = new_floats({levels.images() * levels.channels()});
   Reading wanted;
   want_attention(wanted, spatial, channel);
   reduce(levels, wanted);
@@ -43,7 +43,7 @@ std::vector<Tensor> attention_backward(std::vector<Tensor> x, Tensor spatial, Te
                                        double temperature) {
   const Pyramid levels(x);
   Results out(x, levels);
-  const Tensor of_pixel = new_floats(spatial, {spatial.numel()}), of_channel = new_floats(channel, {channel.numel()});
+  const Tensor of_pixel = new_floats({spatial.numel()}), of_channel = new_floats({channel.numel()});
   const float *const own[] = {floats(spatial), floats(channel)}, *const grad[] = {floats(grad_spatial), floats(grad_channel)};
   float* const result[] = {floats(of_pixel), floats(of_channel)};
   for_each_attention(levels, temperature, [&](int64_t first, int64_t count, float factor, bool channels) {

@@ -225,7 +225,7 @@ Tensor box_mask(Tensor boxes, Tensor counts, std::vector<double> image_size, std
     STD_TORCH_CHECK(sizes[i] >= 0 && sizes[i + 1] >= 0, "level ", i / 2, ": a grid of ", sizes[i], " x ", sizes[i + 1], " cells");
     cells += images * sizes[i] * sizes[i + 1];
   }
-  const Tensor masks = new_floats(boxes, {cells});
+  const Tensor masks = new_floats({cells});
   if (cells == 0) return masks;
   std::vector<Grid> grids;
   float* mask = floats(masks);

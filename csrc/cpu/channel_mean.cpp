@@ -7,7 +7,7 @@ namespace {
 
 Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
   const Pyramid levels(x);
-  const Tensor means = new_floats(x[0], {levels.images() * levels.channels()});
+  const Tensor means = new_floats({levels.images() * levels.channels()});
   Reading wanted;
   wanted.sums = absolute ? ChannelSums::of_magnitudes : ChannelSums::of_values;
   wanted.channel = floats(means);
@@ -23,7 +23,7 @@ Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
 std::vector<Tensor> channel_mean_backward(std::vector<Tensor> x, Tensor grad, bool absolute) {
   const Pyramid levels(x);
   Results out(x, levels);
-  const Tensor shares = new_floats(x[0], {grad.numel()});
+  const Tensor shares = new_floats({grad.numel()});
   const float* from = floats(grad);
   float* share = floats(shares);
   for (size_t level = 0; level < levels.size(); ++level) {

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> map_distance(Tensor m_s, Tensor m_t, std::optional<Te
                                         double temperature, std::string average) {
   const Maps maps(m_s, m_t, spatial, images, pixels, normalize, normalize_t, distance, eps, relative, temperature, average);
   const int64_t levels = static_cast<int64_t>(pixels.size());
-  const Tensor rows = new_floats(m_s, {levels, images}), states = new_floats(m_s, {levels, images, STATE});
+  const Tensor rows = new_floats({levels, images}), states = new_floats({levels, images, STATE});
   float *const row_values = floats(rows), *const state = floats(states);
   maps.each([&](int64_t row, int64_t first, int64_t count, float divisor) {
     row_values[row] = map_kernels().map_forward(maps.student + first, maps.teacher + first, maps.spatial_from(first), state + row * STATE,

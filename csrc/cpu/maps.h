@@ -36,7 +36,7 @@ inline float logit_factor(int64_t summed, double temperature) {
   return 1.0f / (static_cast<float>(summed) * static_cast<float>(temperature));
 }
 
-// Maps and vectors have at least one element. A value that is not finite makes all results NaN.
+// Maps and vectors have at least one element. A value that is not finite makes all results NaN; without normaliser as the formulas say.
 struct MapKernels {
   // The distance of a student's map, which is rectified here, and a teacher's, over divisor; fills state. spatial: (pixels,) or null.
   float (*map_forward)(const float* source, const float* target, const float* spatial, float* state, int64_t pixels, float divisor,

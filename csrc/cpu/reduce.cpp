@@ -95,18 +95,18 @@ void reduce(const Pyramid& x, const Reading& wanted, Images images) {
   const int64_t first = bands.before(images.first), count = bands.before(images.last) - first;
   std::vector<int64_t> part_places(count + 1);
   for (int64_t i = 0; i < count; ++i) part_places[i + 1] = part_places[i] + (sums ? x[bands[first + i].level].channels : 0);
-  std::vector<float> parts(part_places[count]);
+  const Tensor parts = new_floats({part_places[count]});
   for_each(count, [&](int64_t i) {
     const Band band = bands[first + i];
     const Level* target = wanted.target != nullptr ? &(*wanted.target)[band.level] : nullptr;
-    read_band(x[band.level], target, band, places, wanted, sums ? parts.data() + part_places[i] : nullptr);
+    read_band(x[band.level], target, band, places, wanted, sums ? floats(parts) + part_places[i] : nullptr);
   });
   if (!sums) return;
   for_each(images.last - images.first, [&](int64_t i) {
     const int64_t place = images.first + i;
     const size_t level = place / x.images();
     const int64_t channels = x[level].channels, of_image = bands.of_image(level);
-    const float* part = parts.data() + part_places[bands.before(place) - first];
+    const float* part = floats(parts) + part_places[bands.before(place) - first];
     float* out = wanted.channel + places.vector[level] + (place % x.images()) * channels;
     for (int64_t c = 0; c < channels; ++c) {
       double total = 0;

@@ -9,8 +9,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> shared_read(std::vector<Tensor> x, Tensor w, bool absolute, double temperature) {
   const Pyramid levels(x);
   const int64_t maps = levels.images() * levels.pixels();
-  const Tensor raw = new_floats(x[0], {maps}), spatial = new_floats(x[0], {maps});
-  const Tensor channel = new_floats(x[0], {levels.images() * levels.channels()});
+  const Tensor raw = new_floats({maps}), spatial = new_floats({maps});
+  const Tensor channel = new_floats({levels.images() * levels.channels()});
   Reading wanted;
   wanted.weights = floats(w);
   wanted.absolute = absolute;

@@ -54,9 +54,9 @@ class Terms {
     const Tensor rows = new_rows();
     const Saved saved = new_saved();
     const int64_t images = all_images(s_).last;
-    std::vector<float> error(options_.imitations > 0 ? s_.images() * s_.pixels() : 0);
-    read(saved, error.data(), {0, images});
-    evaluate(rows, saved, error.data(), {0, images});
+    const Tensor error = new_floats({options_.imitations > 0 ? s_.images() * s_.pixels() : 0});
+    read(saved, floats(error), {0, images});
+    evaluate(rows, saved, floats(error), {0, images});
     return {rows, saved.raw, saved.magnitude, saved.channel_sums, saved.state};
   }
 
@@ -88,18 +88,16 @@ class Terms {
   bool attends() const { return operands_.attention_spatial.has_value(); }
 
   Tensor new_rows() const {
-    return new_floats(operands_.s[0],
-                      {static_cast<int64_t>(options_.scales.size()), static_cast<int64_t>(s_.size()), s_.images()});
+    return new_floats({static_cast<int64_t>(options_.scales.size()), static_cast<int64_t>(s_.size()), s_.images()});
   }
 
   Saved new_saved() const {
-    const Tensor& like = operands_.s[0];
     const int64_t maps = s_.images() * s_.pixels(), vectors = s_.images() * s_.channels();
-    Tensor state = new_floats(like, {3, static_cast<int64_t>(s_.size()), s_.images(), STATE});
+    Tensor state = new_floats({3, static_cast<int64_t>(s_.size()), s_.images(), STATE});
     // Each row uses some of it; the rest is not to differ from run to run.
     torch::stable::zero_(state);
-    return {new_floats(like, {attention_row_ > 0 ? maps : 0}), new_floats(like, {attends() ? maps : 0}),
-            new_floats(like, {attends() ? vectors : 0}), state};
+    return {new_floats({attention_row_ > 0 ? maps : 0}), new_floats({attends() ? maps : 0}),
+            new_floats({attends() ? vectors : 0}), state};
   }
 
   // Runs of images whose features stay in the cache from their read to their write.
@@ -172,13 +170,13 @@ class Terms {
   // The gradients of these images. values: as in `Writing`, or null
   void write(const float* grad, const Saved& saved, const Pyramid* arriving, const Results& out, float* values, Images images) const {
     // The gradients with respect to the channels' sums of magnitudes.
-    std::vector<float> by_channel(attends() ? s_.images() * s_.channels() : 0);
+    const Tensor by_channel = new_floats({attends() ? s_.images() * s_.channels() : 0});
     for (int64_t place = images.first; attends() && place < images.last; ++place) {
       const Level& level = s_[place / s_.images()];
       const int64_t vector = vector_place(place);
       map_kernels().attention_gradient(floats(saved.channel_sums) + vector, floats(operands_.attention_channel) + vector,
                                        state(saved, 2, place), upstream(grad, attention_row_ + 1, place), level.channels, level.channels,
-                                       logit_factor(level.pixels, options_.temperature), by_channel.data() + vector);
+                                       logit_factor(level.pixels, options_.temperature), floats(by_channel) + vector);
     }
     Writing wanted;
     wanted.target = &t_;
@@ -187,7 +185,7 @@ class Terms {
     wanted.has_sign = wanted.sign_by_pixel = attends();
     wanted.has_error = wanted.error_by_pixel = options_.imitations > 0;
     wanted.product_channel = floats(operands_.weights);
-    wanted.sign_channel = attends() ? by_channel.data() : nullptr;
+    wanted.sign_channel = attends() ? floats(by_channel) : nullptr;
     wanted.error_channel = floats(operands_.channel);
     wanted.absolute = wanted.has_product && options_.absolute;
     wanted.values = values;

@@ -32,7 +32,7 @@ struct Mask {
 
 KD_INLINE Floats all(float value) {
   Floats result;
-  KD_PARTS result.part[part] = Register{} + value;
+  KD_PARTS result.part[part] = value - Register{};
   return result;
 }
 
@@ -114,12 +114,15 @@ KD_INLINE Floats larger(const Floats& a, const Floats& b) { return where(a > b, 
 KD_INLINE Floats smaller(const Floats& a, const Floats& b) { return where(a < b, a, where(a == a, b, a)); }
 
 KD_INLINE Floats load(const float* from) {
+  // Register by register: g++ copies a whole `Floats` in sixteen bytes at a time.
   Floats result;
-  std::memcpy(&result, from, sizeof result);
+  KD_PARTS std::memcpy(&result.part[part], from + KD_WIDTH * part, sizeof(Register));
   return result;
 }
 
-KD_INLINE void store(float* to, const Floats& x) { std::memcpy(to, &x, sizeof x); }
+KD_INLINE void store(float* to, const Floats& x) {
+  KD_PARTS std::memcpy(to + KD_WIDTH * part, &x.part[part], sizeof(Register));
+}
 
 // 0, 1, 2, ...
 KD_INLINE Floats lane_numbers() {
@@ -206,12 +209,11 @@ KD_INLINE Floats load(const BFloat16* from) {
   Floats result;
 #if KD_WIDTH == 1
   KD_PARTS result.part[part] = from_bits(static_cast<int32_t>(static_cast<uint32_t>(from[part].bits) << 16));
+#elif KD_WIDTH == 8
+  KD_PARTS result.part[part] = from_bits((Integers)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + KD_WIDTH * part))) << 16);
 #else
-  KD_PARTS {
-    Shorts narrow;
-    std::memcpy(&narrow, from + KD_WIDTH * part, sizeof narrow);
-    result.part[part] = from_bits(__builtin_convertvector(narrow, Integers) << 16);
-  }
+  // Masked forms, here and below: the others' headers make g++ warn of uninitialised numbers.
+  result.part[0] = from_bits((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from)) << 16);
 #endif
   return result;
 }
@@ -219,7 +221,7 @@ KD_INLINE Floats load(const BFloat16* from) {
 KD_INLINE Floats load(const Half* from) {
   Floats result;
 #if KD_WIDTH == 16
-  result.part[0] = (Register)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+  result.part[0] = (Register)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
 #elif KD_WIDTH == 8
   KD_PARTS result.part[part] = (Register)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + KD_WIDTH * part)));
 #else
@@ -257,7 +259,7 @@ KD_INLINE void store(BFloat16* to, const Floats& x) {
 
 KD_INLINE void store(Half* to, const Floats& x) {
 #if KD_WIDTH == 16
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif KD_WIDTH == 8
   KD_PARTS _mm_storeu_si128((__m128i*)(to + KD_WIDTH * part),
                             _mm256_cvtps_ph((__m256)x.part[part], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -8,7 +8,7 @@ namespace {
 
 Tensor weighted_channel_sum(std::vector<Tensor> x, Tensor w, bool absolute) {
   const Pyramid levels(x);
-  const Tensor raw = new_floats(x[0], {levels.images() * levels.pixels()});
+  const Tensor raw = new_floats({levels.images() * levels.pixels()});
   Reading wanted;
   wanted.weights = floats(w);
   wanted.absolute = absolute;

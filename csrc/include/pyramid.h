@@ -69,8 +69,8 @@ class Results {
   std::vector<Level> levels_;
 };
 
-// An fp32 tensor of this shape on x's device, uninitialised.
-Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape);
+// An uninitialised fp32 tensor on the CPU. Scratch is made so too: torch then counts it, and poisons it where it is asked to.
+Tensor new_floats(const std::vector<int64_t>& shape);
 
 // The elements of a dense fp32 tensor.
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
