@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": (".compare.run", "two git revisions against each other"),
     "report": (".report.run", "tables and plots of results"),
     "speed-of-light": (".report.speed_of_light", "how far everybody is from the time that the ideal bytes take"),
+    "scaling": (".scaling", "the cost by number of images and by their size, all sizes in turns"),
     "step": (".steps.run", "whole training steps of real detectors"),
     "tune": (".tune.run", "launch parameters of the Triton kernels for the GPU that is there"),
     "codegen": (".codegen.run", "what the compiler makes of the Triton kernels, without a GPU"),

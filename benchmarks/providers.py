@@ -69,8 +69,15 @@ def absent(provider: Provider, device: torch.device) -> str:
         info = backend_info()[provider.backend]
         if provider.backend == "triton" and device.type != "cuda":
             return str(info["reason"]) or "its kernels would be interpreted, whose time says nothing"
+        if provider.backend == "native" and info["available"] and not _compiled_for(device):
+            return f"the compiled library has no kernels for {device.type}"
         return "" if info["available"] else str(info["reason"])
     return ""
+
+
+def _compiled_for(device: torch.device) -> bool:
+    """Whether the compiled library that is loaded has what all methods need on this device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_native::terms", device.type.upper())
 
 
 @contextmanager

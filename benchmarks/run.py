@@ -39,7 +39,7 @@ AXES: dict[str, tuple[str, Sequence[Any]]] = {
 
 
 #: Fields of a record's provenance that --resume compares.
-SETUP = ("commit", "dirty", "versions", "device", "cpu", "threads", "seed")
+SETUP = ("commit", "dirty", "versions", "device", "cpu", "threads", "seed", "native")
 #: What is measured where no option says which entries.
 LOOK = ("gkd_bmfi",)
 

@@ -34,6 +34,7 @@ def provenance(**changes: Any) -> dict[str, Any]:
         "cores": 2,
         "threads": 2,
         "driver": None,
+        "native": None,
         "platform": "Linux",
         "seed": 0,
         "command": ["kdkernels", "bench"],
@@ -140,3 +141,14 @@ def steps(losses: Sequence[str] = ("gkd_bmfi",), **changes: Any) -> list[dict[st
         ):
             found.append(step(f"+ {loss}", ms, provider, mode, **changes))
     return found
+
+
+def scaling(case: Case, ms: float | None, provider: str = "native", **changes: Any) -> dict[str, Any]:
+    """A record of one size; without `ms` a skipped one. Its copies moved the bytes of a pyramid at `COPY_GB_PER_S`."""
+    record = {**kernel(provider, ms, case), "kind": "scaling", "rounds": 0, "units": None}
+    if ms is None:
+        record |= {"status": "skipped", "reason": "needs about 30 GB, 20 GB are free"}
+    else:
+        units = ms * 1e6 * COPY_GB_PER_S / case.unit
+        record |= {"rounds": 40, "units": {"p20": 0.9 * units, "p50": units, "p80": 1.1 * units}}
+    return {**record, **changes}

@@ -231,6 +231,23 @@ def test_provider_is_active_around_a_burst_not_around_a_call(monkeypatch: pytest
     assert log == ["in", "call", "call", "call", "out"]
 
 
+@pytest.mark.parametrize(("kernels", "said"), [(True, ""), (False, "the compiled library has no kernels for cuda")])
+def test_a_compiled_library_is_absent_where_it_has_no_kernels(kernels: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def has(operator: str, key: str) -> bool:
+        asked.append((operator, key))
+        return kernels
+
+    found = {"native": {"available": False, "reason": "not built"}}
+    monkeypatch.setattr(providers_module, "backend_info", lambda: found)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has)
+    native, cuda = providers_module.providers()["native"], torch.device("cuda")
+    assert providers_module.absent(native, cuda) == "not built" and asked == []
+    found["native"] = {"available": True, "reason": ""}
+    assert providers_module.absent(native, cuda) == said and asked == [("kdkernels_native::terms", "CUDA")]
+
+
 def test_oracle_leaves_the_provider_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = samples.samples(ENTRY, CASE, "forward", CPU, 0)[0].inputs
     chosen: list[str] = []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import kdkernels
+import kdkernels.native
 from benchmarks.measure import bandwidth, memory, profile, provenance, records
 from benchmarks.measure.clock import Clock, quantiles
 from benchmarks.measure.cold import cold_caches
@@ -91,6 +91,19 @@ def test_peak_is_what_is_held_at_a_time() -> None:
     peak = memory.peak_bytes(CPU, call)
     assert peak == pytest.approx(4_000_000, abs=1000)
     assert memory.peak_bytes(CPU, lambda: None) is None
+
+
+def test_resident_memory_is_whoever_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def call(elsewhere: int = 20_000_000) -> Tensor:
+        other = bytearray(b"x") * elsewhere
+        return torch.ones(5_000_000) + len(other)
+
+    assert memory.peak_bytes(CPU, call) == pytest.approx(40_000_000, abs=1000), "of torch"
+    call()
+    assert memory.resident_bytes(CPU, call) == pytest.approx(60_000_000, rel=0.1)
+    assert memory.resident_bytes(CPU, lambda: call(1)) == pytest.approx(40_000_000, rel=0.1), "not what was there before"
+    monkeypatch.setattr(memory, "_RESET", tmp_path / "none")
+    assert memory.resident_bytes(CPU, call) is None and memory.resident_bytes(torch.device("meta"), call) is None
 
 
 def test_caches_of_all_cores_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +206,7 @@ def test_kernel_record_figures() -> None:
     ideal = ENTRY.ideal_bytes(CASE, "forward")
     assert record["gb_per_s"] == pytest.approx(ideal / 2e-3 / 1e9)
     assert record["percent_of_copy"] == pytest.approx(100 * ideal / 2e-3 / 1e9)
-    assert record["peak_mb"] == 5.0 and record["copy_gb_per_s"] == 1.0
+    assert record["peak_mb"] == 5.0 and record["resident_mb"] is None and record["copy_gb_per_s"] == 1.0
     nobody = records.kernel_record(ENTRY, CASE, "forward", "triton", {"status": "absent", "reason": "no"}, 1e9, 0.1, {})
     assert nobody.keys() == record.keys() and nobody["ms"] is None and nobody["gb_per_s"] is None and nobody["calls"] == 0
 
@@ -209,6 +222,21 @@ def test_provenance_of_this_checkout() -> None:
     assert found["versions"]["torch"] == torch.__version__ and found["seed"] == 7 and found["threads"] == torch.get_num_threads()
     state = provenance.device_state(CPU)
     assert state["sm_mhz"] is None and state["throttle"] is None and {"cpu_mhz", "load", "power_w"} <= state.keys()
+
+
+@pytest.mark.parametrize(
+    "built", [{}, {"version": "0.1.0", "torch": "2.11.0", "cpu": {"compiler": "/opt/bin/c++ (Some)  12.2", "flags": "-I/x"}}]
+)
+def test_a_record_says_how_the_compiled_library_was_built(built: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    available = [False]
+    monkeypatch.setattr(kdkernels, "backend_info", lambda: {"native": {"available": available[0]}})
+    monkeypatch.setattr(kdkernels.native, "build_info", lambda: built)
+    monkeypatch.setattr(kdkernels.native, "capability", lambda: "avx512")
+    assert provenance.provenance(CPU, 0)["native"] is None
+    available[0] = True
+    compiler = "c++ (Some) 12.2" if built else None
+    wanted = {"capability": "avx512", "compiler": compiler, "version": built.get("version"), "torch": built.get("torch")}
+    assert provenance.provenance(CPU, 0)["native"] == wanted, "no folder of this machine"
 
 
 def test_revision_is_dirty_by_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from benchmarks.measure.records import append
 from benchmarks.registry import Case
 from benchmarks.registry.predicted import SHORTEST_MS
 from benchmarks.report import run, speed_of_light
-from benchmarks.report.cells import Cell, cells, light_ms, mean_speed_up
-from benchmarks.report.kernels import cell_table, not_measured, one_case, overview
+from benchmarks.report.cells import Cell, cells, extra, light_ms, mean_speed_up
+from benchmarks.report.kernels import EXTRA, RESIDENT, cell_table, not_measured, one_case, overview
 from benchmarks.report.origin import device, runs, where
 from benchmarks.report.page import page
 from benchmarks.report.steps import by_provider, setup_table, setups
@@ -171,6 +171,43 @@ def test_figures_that_nobody_has_here_have_no_column() -> None:
     assert column(cell_table(one_cell(kernel("eager", 1.0, launches=7), kernel("paper", 1.0))), "launches") == {"paper": "", "eager": "7"}
 
 
+def test_extra_memory_is_what_is_held_beside_the_gradient() -> None:
+    unit = Case().unit / 1e6
+    held = {mode: kernel("native", 1.0, mode=mode, peak_mb=1.02 * unit) for mode in ("forward", "backward", "inline")}
+    assert {mode: extra(record) for mode, record in held.items()} == {mode: pytest.approx(102 if mode == "forward" else 2) for mode in held}
+    masks = kernel("native", 1.0, mode="forward", entry="box_mask", entry_kind="primitive", ideal_bytes=180_000)
+    assert extra(masks) is None and extra(kernel("native")) is None and extra({**held["inline"], "peak_mb": None}) is None
+    seen = {**held["backward"], "resident_mb": 1.03 * unit}
+    assert column(cell_table(one_cell(seen)), EXTRA) == {"native": "2.00"}
+    assert column(cell_table(one_cell(seen)), RESIDENT) == {"native": "3.00"}
+    assert RESIDENT not in cell_table(one_cell(held["backward"])).columns, "older records do not have it"
+    assert column(one_case(cells(held.values()), "gkd_bmfi", Case(), ["backward"]), EXTRA) == {"forward + backward: native": "2.00"}
+    assert EXTRA not in cell_table(one_cell(masks)).columns
+
+
+def test_the_compiled_library_is_told_where_it_was_measured() -> None:
+    origin = provenance(native={"capability": "avx512", "compiler": "c++ 12.2", "version": "0.1.0", "torch": "2.11.0"})
+    others, own = kernel("eager", 3.0, provenance=origin), kernel("native", 1.0, provenance=origin)
+    assert "torch 2.11.0, native: avx512, c++ 12.2, commit" in where([others, own])
+    assert "native" not in where([others]) and "native" not in where([kernel("native")])
+    assert "; native library: avx512, c++ 12.2; commit" in runs([own]) and "native" not in runs([kernel("eager", 1.0)])
+
+
+def test_a_backend_that_is_measured_is_in_every_table_and_picture() -> None:
+    from benchmarks.report import plots
+
+    records = [record for case in (Case(), Case("tiny")) for record in kernels(case, {**DISTANCES, "native": 1.5})]
+    found = cells(records)
+    table = overview(found, Case())
+    assert column(table, "native against the best other")["gkd_bmfi, backward"] == "2.00x (compile-max)"
+    assert column(speed_of_light.speed_of_light(found, Case()), "native")["gkd_bmfi, inline"] == "1.50x"
+    assert "forward: native" in column(one_case(found, "gkd_bmfi", Case(), ["forward"]), "ms")
+    drawn = plots.figures(records)
+    labels = {name: figure.axes[0].get_legend_handles_labels()[1] for name, figure in drawn.items()}
+    assert set(drawn) == {"time", "copy", "memory"} and all("native" in found for found in labels.values())
+    assert "absent: native" not in page("cpu", records, []) and "absent: triton" in page("cpu", records, [])
+
+
 def test_where_names_everything_that_differs() -> None:
     other = provenance(dirty=True, threads=1, time="2025-11-23T01:00:00+00:00")
     text = where([kernel("eager", 1.0), kernel("paper", 1.0, copy_gb_per_s=12.0, provenance=other)])
@@ -221,6 +258,14 @@ def test_the_step_table_has_shares_and_reasons() -> None:
     assert shares.columns == ["", "eager", "reference"]
     assert ["gkd_bmfi, inline", "", "40.0"] in shares.rows
     assert by_provider([step("student", 100.0)]) is None
+    assert "step against reference" not in table.columns, "older records do not have it"
+
+
+def test_the_step_table_says_what_a_whole_step_gains() -> None:
+    steps = [step("student", 100.0), step("+ gkd_bmfi", 160.0, "native", "inline", against={"reference": 1.2, "eager": 1.3})]
+    table = setup_table([*steps, step("+ gkd_bmfi", 192.0, "reference", "inline", against={"native": 0.83, "eager": 1.1})])
+    found = column(table, "step against reference")
+    assert found == {"student": "", "+ gkd_bmfi, native, inline": "1.20x", "+ gkd_bmfi, reference, inline": ""}
 
 
 def test_report_writes_a_page_and_pictures_that_know_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

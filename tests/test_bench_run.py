@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +22,11 @@ from benchmarks.measure import records, samples
 from benchmarks.measure.cell import Cell
 from benchmarks.records_table import table
 from benchmarks.registry import BATCHES, ENTRIES, QUICK, Case, all_cases
+from benchmarks.report.run import NAMES
 
 SMALL = ["--case", "tiny", "--batch", "1", "--channels", "64", "--entry", "feature_imitation", "--seconds", "0.01", "--device", "cpu"]
 FAST = [*SMALL, "--provider", "eager,paper,triton"]
+SCRIPT = Path(__file__).parents[1] / "scripts" / "cpu_numbers.sh"
 Bench = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 
@@ -209,6 +214,31 @@ def test_threads_and_seed_are_what_was_asked_for(bench: Bench) -> None:
     finally:
         torch.set_num_threads(before)
     assert found[0]["provenance"]["threads"] == 1 and found[0]["provenance"]["seed"] == 5
+
+
+def test_the_script_of_the_cpu_s_numbers_asks_for_what_there_is(tmp_path: Path) -> None:
+    """Its commands, written down by a stand-in for Python, are understood, and every part can be had alone."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    python.chmod(0o755)
+
+    def commands(*parts: str) -> list[list[str]]:
+        log.unlink(missing_ok=True)
+        done = subprocess.run([SCRIPT, *parts], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1:] for line in log.read_text().splitlines()]
+
+    everything = commands()
+    assert [command for part in ("kernels", "scaling", "steps", "tables") for command in commands(part)] == everything
+    assert everything.pop() == ["benchmarks.report.tables"]
+    for name, *words in everything:
+        path = cli.COMMANDS[words.pop(0)][0] if not words[0].startswith("-") else cli.RUN[0]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        import_module(path, "benchmarks").add_arguments(parser)
+        args = parser.parse_args(words)
+        assert name == "benchmarks" and args.output.name in NAMES
+        assert args.provider is None or "native" in args.provider
+    assert subprocess.run([SCRIPT, "kernel"], capture_output=True).returncode == 2
 
 
 def test_table_shows_what_a_gpu_adds() -> None:

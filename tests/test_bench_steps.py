@@ -183,6 +183,25 @@ def test_shares_are_differences_within_rounds() -> None:
     assert timing.ratio(times, loss) == pytest.approx(121 / 110)
 
 
+def test_a_step_is_held_against_those_of_the_same_loss_and_mode() -> None:
+    native, reference = (Variant(GRADIENTS, "gkd_bmfi", name, "inline") for name in ("native", "reference"))
+    others = {
+        Variant(None): 1.0,
+        native.probe: 1.0,
+        replace(native, mode="explicit"): 9.0,
+        Variant(GRADIENTS, "gkd", "eager", "inline"): 9.0,
+    }
+    times = {variant: [ms] * 3 for variant, ms in others.items()} | {native: [10.0, 100.0, 20.0], reference: [12.0, 150.0, 22.0]}
+    assert timing.against(times, native) == {"reference": pytest.approx(1.2)}, "the median of the rounds' ratios"
+    assert timing.against(times, reference) == {"native": pytest.approx(1 / 1.2)}
+    assert timing.against(times, Variant(None)) == {} and timing.against(times, native.probe) == {}
+
+
+def test_every_backend_has_its_steps() -> None:
+    plan = variants([GKD_BMFI], ["reference", "native"], run.MODES)
+    assert [v.label for v in plan if v.provider == "native"] == ["+ gkd_bmfi native inline", "+ gkd_bmfi native explicit"]
+
+
 def test_turns_are_shuffled_and_an_interrupted_round_does_not_count() -> None:
     calls: list[str] = []
 
@@ -222,7 +241,8 @@ def test_run_writes_a_record_a_variant(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(student["ms"]) == {"p20", "p50", "p80"} and set(student["shares"].values()) == {None}
     assert eager["provider"] == "eager" and eager["mode"] == "inline" and 0 <= eager["error"] < 1e-3
     assert all(eager["shares"][name] is not None for name in ("teacher_forward_ms", "teacher_head_gradient_ms", "distillation_ms"))
-    assert {"before", "after", "threads"} <= set(eager["provenance"])
+    assert {"before", "after", "threads", "native"} <= set(eager["provenance"])
+    assert list(eager["against"]) == ["reference"] and eager["against"]["reference"] > 0 and student["against"] == {}
     shown = capsys.readouterr()
     assert "| + gkd_bmfi eager inline |" in shown.out and "absent: not built" in shown.out
     assert "round 2 of 2" in shown.err

@@ -21,7 +21,7 @@ from .bandwidth import Copy
 from .clock import Clock, quantiles
 from .cold import cold_caches
 from .gate import Checked, fingerprint, gate, recheck
-from .memory import peak_bytes
+from .memory import peak_bytes, resident_bytes
 from .profile import host_times, launches, runs_compiled
 from .samples import MOST_SAMPLES, nbytes, samples
 
@@ -133,17 +133,35 @@ class Cell:
         """Milliseconds of each admitted provider: in every round a burst of each, in random order, and some of `copy`, until each had
         `seconds`; then the same for CUDA graphs of the calls. A provider that raises, or is not what it was when it was admitted, loses
         its times."""
-        before = [fingerprint(s) for s in self.samples]
-        gc.collect()
+        before = self.contents()
         self._rounds({name: partial(self.burst, name) for name in self.admitted}, seconds, lambda attempt: attempt.ms, copy)
         graphs = {name: replays for name in self.admitted if (replays := self._graphs(name))}
         replay = {name: partial(self._replay, replays) for name, replays in graphs.items()}
         self._rounds(replay, seconds / 2, lambda attempt: attempt.graph_ms)
         del graphs, replay
+        self.recheck(before)
+        return {name: self.attempts[name].ms for name in self.admitted}
+
+    def contents(self) -> list[Any]:
+        """What the samples hold, to be compared with what they hold later; the last thing before providers are timed."""
+        gc.collect()
+        return [fingerprint(s) for s in self.samples]
+
+    def warm(self, name: str, seconds: float) -> float:
+        """Runs an admitted provider for `seconds`, once at least; seconds that a call takes with all that surrounds it."""
+        return self._warm(name, partial(self.burst, name), seconds)
+
+    def turn(self, name: str, calls: int) -> list[float]:
+        """Milliseconds of a burst, kept for the provider's figures; [] when it raises, which costs it its times."""
+        ms = self._guarded(name, partial(self.burst, name), calls)
+        self.attempts[name].ms += ms
+        return ms
+
+    def recheck(self, before: list[Any]) -> None:
+        """After the timing: who touched the inputs (`before`: `contents` then), or is not what it was, loses its times."""
         touched = [fingerprint(s) for s in self.samples] != before
         for name in self.admitted:
             self._recheck(self.attempts[name], touched)
-        return {name: self.attempts[name].ms for name in self.admitted}
 
     def figures(self, name: str) -> dict[str, Any]:
         """What a record says of a provider, whatever became of it; times only if it was timed."""
@@ -162,6 +180,7 @@ class Cell:
             with attempt.provider.active():
                 call = partial(attempt.call, self._next())
                 figures["peak_bytes"] = peak_bytes(self.device, call)
+                figures["resident_bytes"] = resident_bytes(self.device, call)
                 figures["host_us"], figures["wall_ms"] = host_times(self.device, call, LEAST_CALLS)
                 # Last: a profiler that was attached once may slow what is enqueued after it.
                 figures["launches"] = launches(self.device, call)

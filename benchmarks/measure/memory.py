@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 #: Where neither the system nor the device says how large its last-level cache is.
 UNKNOWN_CACHE = 32 << 20
+#: "5" written into it makes the highest resident memory start anew.
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _CPUS = Path("/sys/devices/system/cpu")
 _GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -40,6 +44,25 @@ def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
     return peak
 
 
+def resident_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
+    """The most that `call` adds to the resident memory of the process, its results included; of a call that ran before.
+
+    Besides what torch's allocator hands out these are buffers that a library takes elsewhere, and freed blocks that malloc keeps for later.
+    None on a GPU and where the system does not count it.
+    """
+    if device.type != "cpu" or not os.access(_RESET, os.W_OK):
+        return None
+    gc.collect()
+    # What malloc has kept until here would serve the call without being seen.
+    _trim()
+    _RESET.write_text("5")
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM")
+    del result
+    return peak - before
+
+
 def available_bytes(device: torch.device) -> int | None:
     """What can still be allocated on the device; None where nobody says."""
     if device.type == "cuda":
@@ -65,6 +88,19 @@ def cache_bytes(device: torch.device) -> int:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or UNKNOWN_CACHE
     except (AttributeError, ValueError, OSError):
         return UNKNOWN_CACHE
+
+
+def _trim() -> None:
+    """Gives malloc's free blocks back to the system, where malloc can do that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident(name: str) -> int:
+    """Bytes of a field of this process's status: VmRSS now, VmHWM the most since the reset."""
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[name].split()[0]) << 10
 
 
 def _last_cache(folder: Path) -> tuple[str, int] | None:

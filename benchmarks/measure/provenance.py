@@ -38,7 +38,8 @@ def device_label(device: torch.device) -> str:
 
 
 def provenance(device: torch.device, seed: int) -> dict[str, Any]:
-    """What does not change during a run. `commit` and `dirty` are those of the checkout that kdkernels lies in, None outside of one."""
+    """What does not change during a run. `commit` and `dirty` are those of the checkout that kdkernels lies in, None outside of one;
+    `native`: how the compiled library was built and which instructions its CPU kernels use, None where there is none."""
     commit, dirty = revision()
     on_gpu = device.type == "cuda"
     return {
@@ -58,10 +59,10 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "driver": _smi(device, ["driver_version"])[0] if on_gpu else None,
+        "native": _native_library(),
         "platform": platform.platform(),
         "seed": seed,
-        # A path of this machine is nobody else's business.
-        "command": [Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
+        "command": _without_paths([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -93,6 +94,23 @@ def revision() -> tuple[str | None, bool | None]:
         return None, None
     changes = _git(package.parent, "status", "--porcelain", "--", *_MEASURED)
     return _git(package, "rev-parse", "HEAD"), None if changes is None else bool(changes)
+
+
+def _native_library() -> dict[str, Any] | None:
+    """{"capability": "avx512", "compiler": "c++ (Debian) 12.2.0", "version": ..., "torch": ...}, the last three as far as it is known."""
+    if not kdkernels.backend_info()["native"]["available"]:
+        return None
+    # Not above: `compare` measures versions of kdkernels that have no such module.
+    from kdkernels import native
+
+    built = native.build_info()
+    compiler = " ".join(_without_paths(built.get("cpu", {}).get("compiler", "").split()))
+    return {"capability": native.capability(), "compiler": compiler or None, "version": built.get("version"), "torch": built.get("torch")}
+
+
+def _without_paths(words: Sequence[str]) -> list[str]:
+    """A path of this machine is nobody else's business: its last part only."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -40,7 +40,7 @@ def kernel_record(
     ms = figures.get("ms")
     ideal = entry.ideal_bytes(case, mode)
     rate = ideal / (1e-3 * ms["p50"]) if ms else None
-    peak = figures.get("peak_bytes")
+    peak, resident = figures.get("peak_bytes"), figures.get("resident_bytes")
     return {
         "schema": SCHEMA,
         "kind": "kernel",
@@ -59,6 +59,7 @@ def kernel_record(
         "copy_gb_per_s": copy / 1e9,
         "percent_of_copy": None if rate is None else 100 * rate / copy,
         "peak_mb": None if peak is None else peak / 1e6,
+        "resident_mb": None if resident is None else resident / 1e6,
         "launches": figures.get("launches"),
         "host_us": figures.get("host_us"),
         "wall_ms": figures.get("wall_ms"),

@@ -16,7 +16,11 @@ PYRAMIDS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
     "frcnn": ((800, 1344), (4, 8, 16, 32, 64)),
     "kitti": ((416, 1344), (8, 16, 32, 64, 128)),
     "tiny": ((256, 416), (8, 16, 32)),
+    # A quarter and twice the pixels of "fcos", for the cost by size; not in the full grid.
+    "fcos-quarter": ((400, 672), (8, 16, 32, 64, 128)),
+    "fcos-double": ((1120, 1920), (8, 16, 32, 64, 128)),
 }
+GRID = ("fcos", "frcnn", "kitti", "tiny")
 BATCHES = (1, 2, 8, 16)
 CHANNELS = (64, 256)
 BOXES = (0, 20, 100)
@@ -68,7 +72,7 @@ class Case:
 
 def all_cases() -> Iterator[Case]:
     """The full grid."""
-    for values in product(PYRAMIDS, BATCHES, CHANNELS, BOXES, DTYPES, LAYOUTS):
+    for values in product(GRID, BATCHES, CHANNELS, BOXES, DTYPES, LAYOUTS):
         yield Case(*values)
 
 

@@ -129,6 +129,19 @@ def distance(record: Record) -> float:
     return p50(record) / light_ms(record)
 
 
+def extra(record: Record, figure: str = "peak_mb") -> float | None:
+    """What a call held at its peak beyond its own gradient, in per cent of a pyramid; None of who has no time, or moves no pyramid.
+
+    The gradient that it returns is one pyramid in every mode but "forward". figure: "resident_mb" for resident memory, which older
+    records do not have
+    """
+    unit, peak = Case(**record["case"]).unit, record.get(figure)
+    if peak is None or record["ideal_bytes"] < unit:
+        return None
+    gradient = 0 if record["mode"] == "forward" else unit
+    return 100 * (1e6 * peak - gradient) / unit
+
+
 def tried_names(found: Iterable[Cell]) -> list[str]:
     """Providers that can run here, in their order."""
     return sorted({name for cell in found for name in cell.tried}, key=provider_order)

@@ -8,10 +8,12 @@ from kdkernels.report.tables import Table
 
 from ..providers import BACKENDS
 from ..registry import Case
-from .cells import Cell, Record, distance, mean_speed_up, p50, tried_names
+from .cells import Cell, Record, distance, extra, mean_speed_up, p50, tried_names
 from .origin import where
 from .text import between, number, reason, without_empty_columns
 
+#: What is held beside the gradient: as torch's allocator sees it, and as the system does.
+EXTRA, RESIDENT = "extra, % of a unit", "resident extra, % of a unit"
 COLUMNS = [
     "",
     "ms",
@@ -20,6 +22,8 @@ COLUMNS = [
     "% of copy",
     "x speed of light",
     "peak MB",
+    EXTRA,
+    RESIDENT,
     "launches",
     "host us",
     "wall ms",
@@ -55,6 +59,8 @@ def _row(cell: Cell, name: str, record: Record) -> list[str]:
         number(record["percent_of_copy"]),
         number(distance(record)),
         number(record["peak_mb"]),
+        number(extra(record)),
+        number(extra(record, "resident_mb")),
         "" if record["launches"] is None else str(record["launches"]),
         number(record["host_us"]),
         number(record.get("wall_ms")),
@@ -71,13 +77,13 @@ def one_case(cells: Iterable[Cell], entry: str, case: Case, modes: Sequence[str]
     chosen = [cell for cell in cells if cell.entry == entry and cell.case == case and cell.mode in modes and cell.tried]
     if not chosen:
         return None
-    columns = ["", "ms", "p20 to p80", "% of copy", "x speed of light", "peak MB"]
+    columns = ["", "ms", "p20 to p80", "% of copy", "x speed of light", "peak MB", EXTRA, RESIDENT]
     rows = []
     for cell in chosen:
         for name, record in cell.tried.items():
-            figures = [record["status"], "", "", "", ""]
+            figures = [record["status"], *[""] * (len(columns) - 2)]
             if record["status"] == "measured":
-                numbers = (record["percent_of_copy"], distance(record), record["peak_mb"])
+                numbers = (record["percent_of_copy"], distance(record), record["peak_mb"], extra(record), extra(record, "resident_mb"))
                 figures = [number(p50(record)), between(record["ms"]), *map(number, numbers)]
             rows.append([f"{LABELS.get(cell.mode, cell.mode)}: {name}", *figures])
     records = [record for cell in chosen for record in cell.records.values()]

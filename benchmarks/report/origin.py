@@ -39,7 +39,14 @@ def where(records: Sequence[Record]) -> str:
     days = _range(sorted({origin["time"][:10] for origin in made}))
     copies = sorted({record["copy_gb_per_s"] for record in records if record.get("copy_gb_per_s")})
     copy = f" A copy moved {_range([number(copies[0]), number(copies[-1])])} GB/s." if copies else ""
-    return f"Measured on {device(records)}, {versions}, commit {commits}, {days}.{copy}"
+    built = dict.fromkeys(f", native: {name}" for record in records if record.get("provider") == "native" and (name := _native(record)))
+    return f"Measured on {device(records)}, {versions}{''.join(built)}, commit {commits}, {days}.{copy}"
+
+
+def _native(record: Record) -> str:
+    """How the compiled library was built, "avx512, c++ 12.2.0"; "" where there was none."""
+    found = record["provenance"].get("native") or {}
+    return ", ".join(str(found[name]) for name in ("capability", "compiler") if found.get(name))
 
 
 def runs(records: Sequence[Record]) -> str:
@@ -47,7 +54,9 @@ def runs(records: Sequence[Record]) -> str:
     groups: dict[str, list[Record]] = {}
     for record in records:
         versions = ", ".join(f"{name} {version}" for name, version in record["provenance"]["versions"].items() if version)
-        groups.setdefault(f"{_device(record)}; {record['provenance']['platform']}; {versions}; commit {_commit(record)}", []).append(record)
+        native = f"; native library: {name}" if (name := _native(record)) else ""
+        setup = f"{_device(record)}; {record['provenance']['platform']}; {versions}{native}; commit {_commit(record)}"
+        groups.setdefault(setup, []).append(record)
     lines = []
     for setup, group in groups.items():
         origins = [record["provenance"] for record in group]

@@ -8,6 +8,7 @@ from itertools import groupby
 from kdkernels.report.tables import Table, to_markdown
 
 from ..registry import Case
+from . import scaling
 from .cells import Cell, Record, cells
 from .kernels import cell_table, not_measured, overview
 from .origin import runs
@@ -39,6 +40,8 @@ def page(label: str, records: Sequence[Record], images: Sequence[str]) -> str:
         parts += [f"## {case.name}\n", *_markdown(overview(found, case), speed_of_light(found, case))]
     for entry, of_entry in groupby(found, key=lambda cell: cell.entry):
         parts += [f"## {entry}\n", *_entry(list(of_entry))]
+    if scaled := scaling.tables(records):
+        parts += ["## Cost by size\n", *_markdown(*scaled)]
     for group in setups(records).values():
         parts += [f"## Step: {group[0]['pair']}\n", *_markdown(setup_table(group), by_provider(group))]
     return "\n".join(parts)

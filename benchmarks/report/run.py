@@ -15,7 +15,7 @@ from . import origin
 from .cells import Record
 from .page import page
 
-NAMES = ("kernels.jsonl", "steps.jsonl")
+NAMES = ("kernels.jsonl", "steps.jsonl", "scaling.jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=default_path(torch.device("cpu"), "kernels").parents[1],
         metavar="DIR",
-        help="folder with a folder a device, each with kernels.jsonl or steps.jsonl or both",
+        help=f"folder with a folder a device, each with one or more of {', '.join(NAMES)}",
     )
     source.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="one device's result files instead")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="default: %(default)s")
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def result_files(results: Path) -> dict[str, list[Path]]:
-    """Device label -> its kernels.jsonl and steps.jsonl, those that exist."""
+    """Device label -> its files of `NAMES`, those that exist."""
     found = {folder.name: [folder / name for name in NAMES if (folder / name).is_file()] for folder in sorted(results.glob("*/"))}
     return {label: paths for label, paths in found.items() if paths}
 

@@ -18,7 +18,7 @@ SHARES = {
     "teacher_losses_ms": "teacher's losses ms",
     "distillation_ms": "distillation ms",
 }
-COLUMNS = ["", "ms", "p20 to p80", "x student alone", *SHARES.values(), "peak MB"]
+COLUMNS = ["", "ms", "p20 to p80", "x student alone", *SHARES.values(), "step against reference", "peak MB"]
 
 
 def setups(records: Iterable[Record]) -> dict[tuple[Any, ...], list[Record]]:
@@ -52,6 +52,8 @@ def _row(record: Record) -> list[str]:
         between(record["ms"]),
         number(record["ratio_to_student"]),
         *(number(shares.get(share)) for share in SHARES),
+        # How many times as long the reference's step takes, in the same rounds.
+        number((record.get("against") or {}).get("reference"), "x"),
         number(record["peak_mb"]),
     ]
 

@@ -13,6 +13,7 @@ from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 
 from ..codegen.table import page as codegen_page
 from ..registry import Case
+from . import scaling
 from .cells import Cell, Record, cells
 from .kernels import one_case, overview
 from .origin import device
@@ -108,7 +109,7 @@ def real(name: str) -> str:
 
 
 def measured() -> list[Record]:
-    """The CPU's records of kernels and steps."""
+    """The CPU's records."""
     return load(result_files(RESULTS.parent).get(RESULTS.name, []))
 
 
@@ -119,6 +120,10 @@ def kernels(table: Callable[[list[Cell]], Table | None]) -> str:
 def steps(table: Callable[[list[Record]], Table | None]) -> str:
     """A table a pair of detectors."""
     return "\n".join(shown(table(group)) for group in setups(measured()).values()) or NOT_MEASURED
+
+
+def scaled() -> str:
+    return "\n".join(map(to_markdown, scaling.tables(measured()))) or NOT_MEASURED
 
 
 def shown(table: Table | None) -> str:
@@ -135,6 +140,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "performance-cpu": lambda: kernels(lambda found: one_case(found, "gkd_bmfi", Case(), ("forward", "backward", "inline"))),
     "overview-cpu": lambda: kernels(lambda found: overview(found, Case())),
     "speed-of-light-cpu": lambda: kernels(lambda found: speed_of_light(found, Case())),
+    "box-mask-cpu": lambda: kernels(lambda found: one_case(found, "box_mask", Case(boxes=100), ("forward",))),
+    "feature-imitation-cpu": lambda: kernels(lambda found: one_case(found, "feature_imitation", Case(), ("forward", "backward"))),
+    "scaling-cpu": scaled,
     "steps-cpu": lambda: steps(lambda group: setup_table(group, "gkd_bmfi")),
     "distillation-cpu": lambda: steps(by_provider),
     "pictures-cpu": lambda: "\n".join(pictures([path.name for path in PICTURES.glob("cpu-*.png")], "benchmarks/")) or NOT_MEASURED,

@@ -21,7 +21,7 @@ from ..registry import ENTRIES
 from .gate import Truth, error, refusal, truth
 from .pairs import Pair
 from .step import Bench, Step, Variant
-from .timing import in_turns, ratio, shares
+from .timing import against, in_turns, ratio, shares
 
 WARMUP_ROUNDS = 2
 
@@ -157,4 +157,5 @@ class Session:
             "shares": {name: part and part["p50"] for name, part in parts.items()},
             "share_quantiles": parts,
             "ratio_to_student": ratio(times, variant) if ms else None,
+            "against": against(times, variant) if ms else {},
         }

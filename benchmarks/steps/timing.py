@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,11 +95,17 @@ def difference(times: Times, more: Variant, less: Variant) -> dict[str, float] |
     return quantiles([a - b for a, b in zip(times[more], times[less], strict=True)])
 
 
-def ratio(times: Times, variant: Variant) -> float | None:
-    """Median over the rounds of the time of `variant` over that of the student alone; None where that was not timed."""
-    if STUDENT not in times:
+def ratio(times: Times, variant: Variant, base: Variant = STUDENT) -> float | None:
+    """Median over the rounds of the time of `variant` over that of `base`; None where that was not timed."""
+    if base not in times:
         return None
-    return quantiles([a / b for a, b in zip(times[variant], times[STUDENT], strict=True)])["p50"]
+    return quantiles([a / b for a, b in zip(times[variant], times[base], strict=True)])["p50"]
+
+
+def against(times: Times, variant: Variant) -> dict[str, float | None]:
+    """Every other provider of the same loss and mode -> how many times as long as the step of `variant` its step takes."""
+    same = [v for v in times if v != variant and v.loss is not None and replace(v, provider=variant.provider) == variant]
+    return {str(other.provider): ratio(times, other, variant) for other in same}
 
 
 def _synchronize(device: torch.device) -> None:
