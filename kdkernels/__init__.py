@@ -5,6 +5,8 @@ Importing this needs torch and numpy only; the parts that drive detectors load a
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from .tap import FeatureTap
     from .teacher import Teacher
 
-__version__ = "0.1.0"
 __all__ = [
     "AIDLoss",
     "BMFILoss",

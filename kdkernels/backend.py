@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import native
 
 BACKENDS = ("auto", "reference", "triton", "native")
 #: Pixels of a map, from which on the Triton kernels do not take it: 4096 x 4096.
@@ -74,11 +78,10 @@ def backend_info() -> dict[str, dict[str, Any]]:
     `active`: what the present choice resolves to, for `auto` with features on the GPU where there is one.
     `reason`: why it is not available, "" when it is. `version`: of the software underneath, or None.
     """
-    versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": None}
+    versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": native.version()}
     reasons = {name: _absent(name) for name in versions}
-    # Interpreted kernels serve tests: who does not name them does not get them.
-    fastest = "triton" if not reasons["triton"] and torch.cuda.is_available() else "reference"
-    active = fastest if _choice == "auto" else _choice
+    fastest = _fastest(torch.cuda.is_available())
+    active = _choice if _choice != "auto" else "reference" if reasons[fastest] else fastest
     return {
         name: {"available": not reasons[name], "active": name == active and not reasons[name], "reason": reasons[name], "version": version}
         for name, version in versions.items()
@@ -96,26 +99,34 @@ def register(
     _implementations[backend][primitive] = Implementation(function, refuses, None if backend == "reference" else dtypes)
 
 
+def register_fused(
+    primitive: str,
+    fused: Callable[..., Any],
+    refuses: Callable[..., str] = lambda *args: "",
+    dtypes: frozenset[torch.dtype] | None = _FUSED_DTYPES,
+) -> None:
+    """Registers `fused`, which takes a backend's name before the primitive's arguments, for every backend that has fused kernels."""
+    for name in ("triton", "native"):
+        register(name, primitive, functools.partial(fused, name), refuses, dtypes)
+
+
 def resolve(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Callable[..., Any]:
     """The implementation of `primitive` for these deciding tensors and arguments.
 
     Raises RuntimeError when a named backend cannot serve them, ValueError when the environment names a backend that does not exist.
     """
-    if _choice not in ("auto", "reference", "triton"):
+    if _choice not in BACKENDS:
         _validate(_choice)
-    if len(tensors) == 0:
-        # Nothing to compute, so nothing that a backend could not do.
-        return _implementations["reference"][primitive].function
-    if _choice == "triton" or (_choice == "auto" and tensors[0].is_cuda):
-        reason = _refusal("triton", primitive, tensors, args)
+    # Without tensors there is nothing to compute, so nothing that a backend could not do.
+    if _choice != "reference" and len(tensors) > 0:
+        name = _fastest(tensors[0].is_cuda) if _choice == "auto" else _choice
+        reason = _refusal(name, primitive, tensors, args)
         if not reason:
-            return _implementations["triton"][primitive].function
-        if _choice == "triton":
-            raise RuntimeError(f"backend 'triton' cannot run {primitive}: {reason}; choose 'auto' or 'reference'")
-    else:
-        reason = "the features are not on a GPU"
-    if _choice == "auto" and not torch.compiler.is_compiling():
-        _tell_fallback(primitive, reason)
+            return _implementations[name][primitive].function
+        if _choice != "auto":
+            raise RuntimeError(f"backend {name!r} cannot run {primitive}: {reason}; choose 'auto' or 'reference'")
+        if not torch.compiler.is_compiling():
+            _tell_fallback(primitive, name, reason)
     return _implementations["reference"][primitive].function
 
 
@@ -140,29 +151,56 @@ def call(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Any:
         return implementation(*args)
 
 
-def _refusal(backend: str, primitive: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> str:
-    """Why `backend` cannot serve this call; "" when it can."""
-    if not _TRITON_INSTALLED:
-        return _absent(backend)
-    found = _implementations[backend][primitive]
-    device, dtypes = tensors[0].device, found.dtypes
-    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
-        return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+def _fastest(on_gpu: bool) -> str:
+    """The backend that `auto` tries. Interpreted Triton kernels serve tests: who does not name them does not get them."""
+    return "triton" if on_gpu else "native"
+
+
+def _refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> str:
+    """Why a backend with fused kernels cannot serve this call; "" when it can."""
+    found, device = _implementations[name][primitive], tensors[0].device
+    reason = _refuses_device(name, device)
+    if reason:
+        return reason
+    if _transformed():
+        return "torch.func and forward-mode differentiation work on the reference only"
     for x in tensors:
         if x.device != device:
             return f"the tensors are on several devices ({', '.join(sorted({str(x.device) for x in tensors}))})"
-        if dtypes is not None and x.dtype not in dtypes:
+        if found.dtypes is not None and x.dtype not in found.dtypes:
             return f"it does not take {str(x.dtype).removeprefix('torch.')}"
         shape = x.shape
-        if len(shape) >= 3 and shape[-2] * shape[-1] >= MOST_PIXELS:
+        if name == "triton" and len(shape) >= 3 and shape[-2] * shape[-1] >= MOST_PIXELS:
             return f"it takes maps of fewer than {MOST_PIXELS} pixels, got {shape[-2]} x {shape[-1]}"
     return found.refuses(*args)
+
+
+def _refuses_device(name: str, device: torch.device) -> str:
+    """Why a backend with fused kernels cannot serve tensors on this device; "" when it can."""
+    if name == "native":
+        if native.library().reason:
+            return native.library().reason
+        if device.type == "cuda":
+            return "the compiled library has no kernels for CUDA"
+        return "" if device.type == "cpu" else f"the tensors are on {device}, not on the CPU"
+    if not _TRITON_INSTALLED:
+        return _absent(name)
+    if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
+        return ""
+    return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+
+
+def _transformed() -> bool:
+    """Whether the call is within vmap, jvp or another transformation, whose rules the fused operators have not: a tangent would be lost."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _absent(name: str) -> str:
     """Why a backend cannot run here at all; "" when it can."""
     if name == "native":
-        return "this version of kdkernels contains no compiled library"
+        return native.library().reason
     if name == "triton" and not _TRITON_INSTALLED:
         return "triton is not installed"
     if name == "triton" and not _INTERPRETED and not torch.cuda.is_available():
@@ -178,11 +216,14 @@ def _validate(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; choose 'auto' or 'reference'")
 
 
-def _tell_fallback(primitive: str, reason: str) -> None:
+def _tell_fallback(primitive: str, name: str, reason: str) -> None:
     global _fallback_told
     if not _fallback_told:
         _fallback_told = True
-        logger.info("backend auto: using 'reference' for %s (triton: %s; native: %s)", primitive, reason, _absent("native"))
+        # A library that is there was meant to be used.
+        unfit = name == "native" and native.library().reason and native.library().file is not None
+        level = logging.WARNING if unfit else logging.INFO
+        logger.log(level, "backend auto: using 'reference' for %s, not %r: %s", primitive, name, reason)
 
 
 def _installed(package: str) -> str | None:

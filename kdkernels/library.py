@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
+
 _LIBRARY = torch.library.Library("kdkernels", "FRAGMENT")
 
 
@@ -19,10 +21,11 @@ def define(name: str, schema: str, fake: Callable[..., Any], primitive: str | No
 
     schema: "(Tensor[] x, ...) -> Tensor"; the operator takes the backend's name before these arguments.
     fake:   of the arguments without the backend's name: results of the right shape, type and strides.
-    The work is done by the function `name` of kdkernels.<backend>.<primitive>, called with the same arguments; primitive None is the name
-    without "_backward".
+    The work is done by the function `name` of kdkernels.<backend>.<primitive>, for the backend "native" by the operator
+    kdkernels_native::name, called with the same arguments; primitive None is the name without "_backward".
     """
     module = primitive or name.removesuffix("_backward")
+    native.expect(name, schema)
     _LIBRARY.define(f"{name}(str backend, {schema.removeprefix('(')}")
 
     def run(backend: str, *args: Any) -> Any:
@@ -48,6 +51,8 @@ def _gpu(args: tuple[Any, ...]) -> int | None:
 
 @cache
 def _kernel(backend: str, module: str, name: str) -> Callable[..., Any]:
+    if backend == "native":
+        return getattr(torch.ops.kdkernels_native, name).default
     return getattr(importlib.import_module(f"kdkernels.{backend}.{module}"), name)
 
 

@@ -73,8 +73,9 @@ def test_info_says_versions_devices_backends_and_why_one_is_not_there() -> None:
 
 @pytest.mark.parametrize("name", ["native", "cuda"])
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kdkernels import backend
+    from kdkernels import backend, native
 
+    monkeypatch.setitem(native._loaded, "cpu", native.Library(None, "there is no library"))
     monkeypatch.setattr(backend, "_choice", name)
     with pytest.raises((ValueError, RuntimeError)) as caught:
         backend.resolve("attention", [torch.zeros(1, 1, 1, 1)])

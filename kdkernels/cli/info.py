@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 
 from rich.table import Table
@@ -50,6 +51,10 @@ def info() -> None:
         row = (name, _yes(values["available"]), _yes(values["active"]), values["version"] or "", values["reason"])
         backends.add_row(*map(escape, row))
     out.print(backends)
+
+    out.print("compiled libraries (backend native)")
+    for line in _libraries():
+        out.print(escape(f"  {line}"), highlight=False, soft_wrap=True)
     try:
         check_backend()
     except UserError as error:
@@ -61,6 +66,22 @@ def info() -> None:
         how = "" if there else f"pip install 'kdkernels[{extra}]'" if extra else f"pip install {distribution}"
         packages.add_row(distribution, _version(distribution) if there else "no", escape(how))
     out.print(packages)
+
+
+def _libraries() -> Iterator[str]:
+    """The compiled libraries: where each is and what it runs on, or why it is not used, and how it was built."""
+    from kdkernels import native
+
+    built = native.build_info()
+    for kind in native.KINDS:
+        file, reason = native.library(kind)
+        how = built.get(kind, {})
+        runs_on = f"{native.capability()} instructions" if kind == "cpu" and not reason else " ".join(how.get("architectures", ()))
+        yield f"{kind}: {reason or f'{file}, for {runs_on}'}"
+        if file and how:
+            yield f"{kind} was built by {how['compiler']} with {' '.join(how['flags'])}"
+    if built.get("torch"):
+        yield f"built with torch {built['torch']}, for torch {built['target']} and newer"
 
 
 def _yes(value: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,4 +79,4 @@ def fused(name: str, x: list[Tensor], temperature: float) -> tuple[list[Tensor],
 
 
 backend.register("reference", "attention", reference)
-backend.register("triton", "attention", functools.partial(fused, "triton"))
+backend.register_fused("attention", fused)

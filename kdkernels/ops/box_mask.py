@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -123,4 +122,4 @@ def check_boxes(boxes: Boxes) -> None:
 
 
 backend.register("reference", "box_mask", reference)
-backend.register("triton", "box_mask", functools.partial(fused, "triton"), dtypes=None)
+backend.register_fused("box_mask", fused, dtypes=None)

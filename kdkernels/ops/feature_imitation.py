@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -49,4 +48,4 @@ def _refuses(s: list[Tensor], t: list[Tensor], spatial: Sequence[Tensor] | None,
 
 
 backend.register("reference", "feature_imitation", reference)
-backend.register("triton", "feature_imitation", functools.partial(fused, "triton"), _refuses)
+backend.register_fused("feature_imitation", fused, _refuses)

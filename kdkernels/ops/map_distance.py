@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,5 +159,6 @@ def _refuses(m_s: Sequence[Tensor], m_t: Sequence[Tensor], *options: Any) -> str
 
 backend.register("reference", "map_distance", reference)
 backend.register("reference", "normalize_map", normalize_reference)
-backend.register("triton", "map_distance", functools.partial(fused, "triton"), _refuses)
+backend.register_fused("map_distance", fused, _refuses)
 backend.register("triton", "normalize_map", normalize_reference)
+backend.register("native", "normalize_map", normalize_reference)

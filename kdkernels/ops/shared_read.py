@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -55,4 +54,4 @@ def _refuses(x: list[Tensor], w: list[Tensor], *options: object) -> str:
 
 
 backend.register("reference", "shared_read", reference)
-backend.register("triton", "shared_read", functools.partial(fused, "triton"), _refuses)
+backend.register_fused("shared_read", fused, _refuses)

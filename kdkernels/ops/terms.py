@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -213,5 +212,5 @@ def refuses(features: Sequence[Tensor], wanted: Wanted) -> str:
 
 backend.register("reference", "terms", reference)
 backend.register("reference", "terms_vjp", reference_vjp)
-backend.register("triton", "terms", functools.partial(fused, "triton"), refuses)
-backend.register("triton", "terms_vjp", functools.partial(fused_vjp, "triton"), refuses)
+backend.register_fused("terms", fused, refuses)
+backend.register_fused("terms_vjp", fused_vjp, refuses)

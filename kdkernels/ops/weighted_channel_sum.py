@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,4 +100,4 @@ def _refuses(levels: Sequence[Tensor], weights: Sequence[Tensor], activation: st
 
 
 backend.register("reference", "weighted_channel_sum", reference)
-backend.register("triton", "weighted_channel_sum", functools.partial(fused, "triton"), _refuses)
+backend.register_fused("weighted_channel_sum", fused, _refuses)
