@@ -59,15 +59,15 @@ Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
   }
 }
 
-int64_t Pyramid::channels() const {
+int64_t Pyramid::vectors() const {
   int64_t sum = 0;
-  for (const Level& level : levels_) sum += level.channels;
+  for (const Level& level : levels_) sum += level.images * level.channels;
   return sum;
 }
 
-int64_t Pyramid::pixels() const {
+int64_t Pyramid::maps() const {
   int64_t sum = 0;
-  for (const Level& level : levels_) sum += level.pixels;
+  for (const Level& level : levels_) sum += level.images * level.pixels;
   return sum;
 }
 
@@ -96,6 +96,12 @@ std::vector<Tensor> Results::finish() {
     if (written_[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written_[i]);
   }
   return std::move(results_);
+}
+
+float* floats(const Tensor& x, int64_t count) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count,
+                  "expected ", count, " contiguous float32 elements on the CPU, got ", x.numel(), " of ", toString(x.scalar_type()));
+  return floats(x);
 }
 
 Tensor new_floats(const std::vector<int64_t>& shape) { return torch::stable::empty(shape, ScalarType::Float); }

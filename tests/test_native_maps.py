@@ -221,8 +221,8 @@ def test_a_rectified_map_keeps_what_is_not_finite(bad):
         ({"distance": "cosine"}, "unknown distance 'cosine'"),
         ({"average": "c"}, "unknown average 'c'"),
         ({"pixels": [2, 0]}, "a map without pixels"),
-        ({"pixels": [3]}, "maps of another size than 3 elements"),
-        ({"spatial": torch.zeros(1)}, "maps of another size than 2 elements"),
+        ({"pixels": [3]}, "expected 3 contiguous float32 elements"),
+        ({"spatial": torch.zeros(1)}, "expected 2 contiguous float32 elements"),
     ],
 )
 def test_the_operator_refuses_what_it_does_not_know(changes, words):

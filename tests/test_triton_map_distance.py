@@ -122,6 +122,15 @@ def test_a_large_common_offset_cancels_nothing(device):
     assert outlier[0].sum() == 899
 
 
+@pytest.mark.parametrize("offset", [-1000.0, -50.0, 50.0, 1000.0])
+def test_the_softmax_of_maps_far_from_zero(device, offset):
+    """What lies behind a map's end is read as 0, whose exponential is infinite beside values of -1000."""
+    m_s, m_t = ([offset + x for x in maps([(2, 5, 7)], seed, device)] for seed in (1, 2))
+    check(m_s, m_t, normalize="softmax", distance="mse", tolerance=2e-5)
+    near = fused("triton", [x - offset for x in m_s], [x - offset for x in m_t], "softmax", "mse")
+    assert relative_error(fused("triton", m_s, m_t, "softmax", "mse"), near) < 1e-6
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("side", ["m_s", "m_t"])
 @pytest.mark.parametrize("normalize", ["minmax", "zscore", "softmax"])

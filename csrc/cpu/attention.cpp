@@ -30,8 +30,8 @@ void for_each_attention(const Pyramid& x, double temperature, const Run& run) {
 
 std::tuple<Tensor, Tensor> attention(std::vector<Tensor> x, double temperature) {
   const Pyramid levels(x);
-  const Tensor spatial = new_floats({levels.images() * levels.pixels()});
-  const Tensor channel = new_floats({levels.images() * levels.channels()});
+  const Tensor spatial = new_floats({levels.maps()});
+  const Tensor channel = new_floats({levels.vectors()});
   Reading wanted;
   want_attention(wanted, spatial, channel);
   reduce(levels, wanted);
@@ -43,8 +43,10 @@ std::vector<Tensor> attention_backward(std::vector<Tensor> x, Tensor spatial, Te
                                        double temperature) {
   const Pyramid levels(x);
   Results out(x, levels);
-  const Tensor of_pixel = new_floats({spatial.numel()}), of_channel = new_floats({channel.numel()});
-  const float *const own[] = {floats(spatial), floats(channel)}, *const grad[] = {floats(grad_spatial), floats(grad_channel)};
+  const Tensor of_pixel = new_floats({levels.maps()}), of_channel = new_floats({levels.vectors()});
+  const int64_t maps = levels.maps(), vectors = levels.vectors();
+  const float* const own[] = {floats(spatial, maps), floats(channel, vectors)};
+  const float* const grad[] = {floats(grad_spatial, maps), floats(grad_channel, vectors)};
   float* const result[] = {floats(of_pixel), floats(of_channel)};
   for_each_attention(levels, temperature, [&](int64_t first, int64_t count, float factor, bool channels) {
     map_kernels().attention_backward(own[channels] + first, grad[channels] + first, result[channels] + first, count, factor);
@@ -52,8 +54,8 @@ std::vector<Tensor> attention_backward(std::vector<Tensor> x, Tensor spatial, Te
   Writing wanted;
   wanted.has_sign = wanted.sign_by_pixel = true;
   wanted.sign_channel = floats(of_channel);
-  const PackedMaps maps(floats(of_pixel), levels);
-  gradient(levels, wanted, out, [&](const Band& band, const PixelFactors& pixel) { maps.copy(band, pixel.sign); });
+  const PackedMaps packed(floats(of_pixel), levels);
+  gradient(levels, wanted, out, [&](const Band& band, const PixelFactors& pixel) { packed.copy(band, pixel.sign); });
   return out.finish();
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
   const Pyramid levels(x);
-  const Tensor means = new_floats({levels.images() * levels.channels()});
+  const Tensor means = new_floats({levels.vectors()});
   Reading wanted;
   wanted.sums = absolute ? ChannelSums::of_magnitudes : ChannelSums::of_values;
   wanted.channel = floats(means);
@@ -23,8 +23,8 @@ Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
 std::vector<Tensor> channel_mean_backward(std::vector<Tensor> x, Tensor grad, bool absolute) {
   const Pyramid levels(x);
   Results out(x, levels);
-  const Tensor shares = new_floats({grad.numel()});
-  const float* from = floats(grad);
+  const Tensor shares = new_floats({levels.vectors()});
+  const float* from = floats(grad, levels.vectors());
   float* share = floats(shares);
   for (size_t level = 0; level < levels.size(); ++level) {
     const float pixels = static_cast<float>(levels[level].pixels);

@@ -1,4 +1,5 @@
 // `map_distance`: distance of normalised maps, a piece of work a level and image.
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -20,9 +21,9 @@ class Maps {
   Maps(const Tensor& m_s, const Tensor& m_t, const std::optional<Tensor>& spatial, int64_t images, const std::vector<int64_t>& pixels,
        const std::string& normalize, const std::string& normalize_t, const std::string& distance, double eps, bool relative,
        double temperature, const std::string& average)
-      : student(floats(m_s)),
-        teacher(floats(m_t)),
-        spatial(floats(spatial)),
+      : student(floats(m_s, elements(images, pixels))),
+        teacher(floats(m_t, elements(images, pixels))),
+        spatial(floats(spatial, elements(images, pixels))),
         options{Rectify::none, normalize_of(normalize), normalize_of(normalize_t), distance_of(distance), static_cast<float>(eps), relative,
                 static_cast<float>(temperature)},
         images_(images),
@@ -34,8 +35,6 @@ class Maps {
       divisors_.push_back(divisor_of(average, images, count));
       end += images * count;
     }
-    const bool fit = m_s.numel() == end && m_t.numel() == end && (!spatial || spatial->numel() == end);
-    STD_TORCH_CHECK(fit, "maps of another size than ", end, " elements");
   }
 
   // Calls run(row, first, pixels, divisor) for each map: its place in the rows (L, N), where it begins and its size.
@@ -50,6 +49,10 @@ class Maps {
   const float* spatial_from(int64_t first) const { return spatial != nullptr ? spatial + first : nullptr; }
 
  private:
+  static int64_t elements(int64_t images, const std::vector<int64_t>& pixels) {
+    return images * std::accumulate(pixels.begin(), pixels.end(), int64_t{0});
+  }
+
   const int64_t images_;
   const std::vector<int64_t> pixels_;
   std::vector<int64_t> firsts_;
@@ -76,7 +79,8 @@ Tensor map_distance_backward(Tensor m_s, Tensor m_t, std::optional<Tensor> spati
   const Maps maps(m_s, m_t, spatial, images, pixels, normalize, normalize_t, distance, eps, relative, temperature, average);
   const Tensor result = torch::stable::empty_like(m_s);
   float* const out = floats(result);
-  const float *const states = floats(state), *const cotangents = floats(grad);
+  const int64_t rows = images * static_cast<int64_t>(pixels.size());
+  const float *const states = floats(state, rows * STATE), *const cotangents = floats(grad, rows);
   maps.each([&](int64_t row, int64_t first, int64_t count, float divisor) {
     map_kernels().map_gradient(maps.student + first, maps.teacher + first, maps.spatial_from(first), states + row * STATE, cotangents[row],
                                count, divisor, maps.options, out + first);

@@ -8,7 +8,7 @@
 
 namespace kd {
 
-// Calls run(piece) for 0 <= piece < count, each by the next thread that is free.
+// Calls run(piece) for 0 <= piece < count, each by the next thread that is free. Of what it throws the message is lost.
 template <class Run>
 void for_each(int64_t count, const Run& run) {
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());

@@ -8,11 +8,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> shared_read(std::vector<Tensor> x, Tensor w, bool absolute, double temperature) {
   const Pyramid levels(x);
-  const int64_t maps = levels.images() * levels.pixels();
+  const int64_t maps = levels.maps();
   const Tensor raw = new_floats({maps}), spatial = new_floats({maps});
-  const Tensor channel = new_floats({levels.images() * levels.channels()});
+  const Tensor channel = new_floats({levels.vectors()});
   Reading wanted;
-  wanted.weights = floats(w);
+  wanted.weights = floats(w, levels.vectors());
   wanted.absolute = absolute;
   wanted.raw = floats(raw);
   want_attention(wanted, spatial, channel);

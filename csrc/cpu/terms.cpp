@@ -35,7 +35,7 @@ struct Options {
 
 // What the backward reads again: packed maps and vectors, empty when not wanted, and (3, L, N, STATE).
 struct Saved {
-  Tensor raw, magnitude, channel_sums, state;
+  float *raw, *magnitude, *channel_sums, *state;
 };
 
 class Terms {
@@ -46,65 +46,81 @@ class Terms {
         s_(operands.s),
         t_(operands.t, &s_),
         places_(s_),
-        attention_row_(operands.weights.has_value()),
-        imitation_row_(attention_row_ + (attends() ? 2 : 0)) {}
+        images_(all_images(s_).last),
+        weights_(floats(operands.weights, s_.vectors())),
+        map_t_(floats(operands.map_t, s_.maps())),
+        map_spatial_(floats(operands.map_spatial, s_.maps())),
+        attention_spatial_(floats(operands.attention_spatial, s_.maps())),
+        attention_channel_(floats(operands.attention_channel, s_.vectors())),
+        channel_(floats(operands.channel, s_.vectors())),
+        factors_(floats(operands.factors, rows() * images_)),
+        attention_row_(weights_ != nullptr),
+        imitation_row_(attention_row_ + (attends() ? 2 : 0)) {
+    STD_TORCH_CHECK(options.imitations == 0 || t_.size() == s_.size(), "imitations need a target a level");
+    STD_TORCH_CHECK((weights_ == nullptr) == (map_t_ == nullptr) && (attention_spatial_ == nullptr) == (attention_channel_ == nullptr) &&
+                        rows() == imitation_row_ + options.imitations,
+                    "operands and scales do not fit");
+    for (const Tensor& spatial : operands.spatial) spatial_.push_back(floats(spatial, s_.maps()));
+    STD_TORCH_CHECK(spatial_.empty() || static_cast<int64_t>(spatial_.size()) == options.imitations, "spatial weights: one an imitation");
+    for (size_t level = 0; level < s_.size(); ++level) divisors_.push_back(divisor_of(options.average, s_.images(), s_[level].pixels));
+  }
 
   // Rows and what the backward needs, without a gradient.
   std::vector<Tensor> forward() {
-    const Tensor rows = new_rows();
-    const Saved saved = new_saved();
-    const int64_t images = all_images(s_).last;
-    const Tensor error = new_floats({options_.imitations > 0 ? s_.images() * s_.pixels() : 0});
-    read(saved, floats(error), {0, images});
-    evaluate(rows, saved, floats(error), {0, images});
-    return {rows, saved.raw, saved.magnitude, saved.channel_sums, saved.state};
+    const std::vector<Tensor> results = new_results();
+    const Saved saved = saved_of({results.begin() + 1, results.end()});
+    const Tensor error = new_floats({options_.imitations > 0 ? s_.maps() : 0});
+    read(saved, floats(error), {0, images_});
+    evaluate(floats(results[0]), saved, floats(error), options_.imitations, {0, images_});
+    return results;
   }
 
   // The same of at most one imitation, and the gradients for upstream gradients of 1: the imitation's values come with these.
   std::vector<Tensor> forward_with_gradient() {
-    const Tensor rows = new_rows();
-    const Saved saved = new_saved();
+    std::vector<Tensor> results = new_results();
+    const Saved saved = saved_of({results.begin() + 1, results.end()});
     Results out(operands_.s, s_);
-    const int64_t last_row = static_cast<int64_t>(options_.scales.size()) - 1;
-    float* values = options_.imitations > 0 ? floats(rows) + last_row * all_images(s_).last : nullptr;
+    float* const values = floats(results[0]);
     for (const Images& group : groups()) {
       read(saved, nullptr, group);
-      evaluate(rows, saved, nullptr, group);
-      write(nullptr, saved, nullptr, out, values, group);
+      evaluate(values, saved, nullptr, 0, group);
+      write(nullptr, saved, nullptr, out, options_.imitations > 0 ? values + imitation_row_ * images_ : nullptr, group);
     }
-    std::vector<Tensor> results = {rows, saved.raw, saved.magnitude, saved.channel_sums, saved.state};
     for (Tensor& gradient : out.finish()) results.push_back(std::move(gradient));
     return results;
   }
 
   // Gradients for the upstream gradients grad (rows, L, N), with `arriving` added.
-  void backward(const float* grad, const Saved& saved, const Pyramid* arriving, const Results& out) {
-    write(grad, saved, arriving, out, nullptr, all_images(s_));
+  void backward(const Tensor& grad, const std::vector<Tensor>& saved, const Pyramid* arriving, const Results& out) {
+    write(floats(grad, rows() * images_), saved_of(saved), arriving, out, nullptr, {0, images_});
   }
 
   const Pyramid& s() const { return s_; }
 
  private:
-  bool attends() const { return operands_.attention_spatial.has_value(); }
+  bool attends() const { return attention_spatial_ != nullptr; }
+  int64_t rows() const { return static_cast<int64_t>(options_.scales.size()); }
 
-  Tensor new_rows() const {
-    return new_floats({static_cast<int64_t>(options_.scales.size()), static_cast<int64_t>(s_.size()), s_.images()});
-  }
-
-  Saved new_saved() const {
-    const int64_t maps = s_.images() * s_.pixels(), vectors = s_.images() * s_.channels();
-    Tensor state = new_floats({3, static_cast<int64_t>(s_.size()), s_.images(), STATE});
+  std::vector<Tensor> new_results() const {
+    const int64_t levels = static_cast<int64_t>(s_.size());
+    Tensor state = new_floats({3, levels, s_.images(), STATE});
     // Each row uses some of it; the rest is not to differ from run to run.
     torch::stable::zero_(state);
-    return {new_floats({attention_row_ > 0 ? maps : 0}), new_floats({attends() ? maps : 0}),
-            new_floats({attends() ? vectors : 0}), state};
+    return {new_floats({rows(), levels, s_.images()}), new_floats({weights_ != nullptr ? s_.maps() : 0}),
+            new_floats({attends() ? s_.maps() : 0}), new_floats({attends() ? s_.vectors() : 0}), state};
+  }
+
+  Saved saved_of(const std::vector<Tensor>& tensors) const {
+    STD_TORCH_CHECK(tensors.size() == 4, "expected four saved tensors");
+    return {floats(tensors[0], weights_ != nullptr ? s_.maps() : 0), floats(tensors[1], attends() ? s_.maps() : 0),
+            floats(tensors[2], attends() ? s_.vectors() : 0), floats(tensors[3], 3 * images_ * STATE)};
   }
 
   // Runs of images whose features stay in the cache from their read to their write.
   std::vector<Images> groups() const {
     std::vector<Images> found;
     int64_t held = 0;
-    for (int64_t place = 0; place < all_images(s_).last; ++place) {
+    for (int64_t place = 0; place < images_; ++place) {
       const size_t level = place / s_.images();
       const int64_t bytes = s_[level].image_bytes() + (t_.size() > 0 ? t_[level].image_bytes() : 0);
       if (found.empty() || held + bytes > CACHED) {
@@ -119,92 +135,91 @@ class Terms {
 
   void read(const Saved& saved, float* error, Images images) const {
     Reading wanted;
-    if (attention_row_ > 0) {
-      wanted.weights = floats(operands_.weights);
-      wanted.raw = floats(saved.raw);
+    if (weights_ != nullptr) {
+      wanted.weights = weights_;
+      wanted.raw = saved.raw;
       wanted.absolute = options_.absolute;
     }
     if (attends()) {
       wanted.sums = ChannelSums::of_magnitudes;
-      wanted.magnitude = floats(saved.magnitude);
-      wanted.channel = floats(saved.channel_sums);
+      wanted.magnitude = saved.magnitude;
+      wanted.channel = saved.channel_sums;
     }
     if (error != nullptr && options_.imitations > 0) {
       wanted.target = &t_;
       wanted.error = error;
-      wanted.error_channel = floats(operands_.channel);
+      wanted.error_channel = channel_;
     }
     if (wanted.raw != nullptr || wanted.magnitude != nullptr || wanted.error != nullptr) reduce(s_, wanted, images);
   }
 
-  // The rows that need no gradient pass: all, or all but the imitation where there is no map of errors.
-  void evaluate(const Tensor& rows, const Saved& saved, const float* error, Images images) const {
-    const int64_t count = imitation_row_ + (error != nullptr ? options_.imitations : 0);
-    const int64_t group = images.last - images.first, all = all_images(s_).last;
-    for_each(count * group, [&](int64_t i) {
+  // The values of the map's and the attention's rows and of so many imitations'.
+  void evaluate(float* values, const Saved& saved, const float* error, int64_t imitations, Images images) const {
+    const int64_t group = images.last - images.first;
+    for_each((imitation_row_ + imitations) * group, [&](int64_t i) {
       const int64_t row = i / group, place = images.first + i % group;
-      floats(rows)[row * all + place] = value(row, place, saved, error) * factor(row, place);
+      values[row * images_ + place] = value(row, place, saved, error) * factor(row, place);
     });
   }
 
   float value(int64_t row, int64_t place, const Saved& saved, const float* error) const {
-    const Level& level = s_[place / s_.images()];
+    const Level& level = level_of(place);
     const int64_t map = map_place(place), vector = vector_place(place);
     const MapKernels& kernels = map_kernels();
     if (row < attention_row_) {
-      return kernels.map_forward(floats(saved.raw) + map, floats(operands_.map_t) + map, from(operands_.map_spatial, map),
-                                 state(saved, 0, place), level.pixels, divisor(level), options_.map);
+      return kernels.map_forward(saved.raw + map, map_t_ + map, from(map_spatial_, map), state(saved, 0, place), level.pixels,
+                                 divisor(place), options_.map);
     }
     if (row == attention_row_ && attends()) {
-      return kernels.attention_distance(floats(saved.magnitude) + map, floats(operands_.attention_spatial) + map, state(saved, 1, place),
-                                        level.pixels, logit_factor(level.channels, options_.temperature));
+      return kernels.attention_distance(saved.magnitude + map, attention_spatial_ + map, state(saved, 1, place), level.pixels,
+                                        logit_factor(level.channels, options_.temperature));
     }
     if (row < imitation_row_) {
-      return kernels.attention_distance(floats(saved.channel_sums) + vector, floats(operands_.attention_channel) + vector,
-                                        state(saved, 2, place), level.channels, logit_factor(level.pixels, options_.temperature));
+      return kernels.attention_distance(saved.channel_sums + vector, attention_channel_ + vector, state(saved, 2, place), level.channels,
+                                        logit_factor(level.pixels, options_.temperature));
     }
-    const float* spatial = operands_.spatial.empty() ? nullptr : floats(operands_.spatial[row - imitation_row_]) + map;
+    const float* spatial = spatial_.empty() ? nullptr : spatial_[row - imitation_row_] + map;
     return kernels.weighted_sum(error + map, spatial, level.pixels);
   }
 
   // The gradients of these images. values: as in `Writing`, or null
   void write(const float* grad, const Saved& saved, const Pyramid* arriving, const Results& out, float* values, Images images) const {
     // The gradients with respect to the channels' sums of magnitudes.
-    const Tensor by_channel = new_floats({attends() ? s_.images() * s_.channels() : 0});
+    const Tensor by_channel = new_floats({attends() ? s_.vectors() : 0});
+    float* const sign_channel = floats(by_channel);
     for (int64_t place = images.first; attends() && place < images.last; ++place) {
-      const Level& level = s_[place / s_.images()];
+      const Level& level = level_of(place);
       const int64_t vector = vector_place(place);
-      map_kernels().attention_gradient(floats(saved.channel_sums) + vector, floats(operands_.attention_channel) + vector,
-                                       state(saved, 2, place), upstream(grad, attention_row_ + 1, place), level.channels, level.channels,
-                                       logit_factor(level.pixels, options_.temperature), floats(by_channel) + vector);
+      map_kernels().attention_gradient(saved.channel_sums + vector, attention_channel_ + vector, state(saved, 2, place),
+                                       upstream(grad, attention_row_ + 1, place), level.channels, level.channels,
+                                       logit_factor(level.pixels, options_.temperature), sign_channel + vector);
     }
     Writing wanted;
     wanted.target = &t_;
     wanted.arriving = arriving;
-    wanted.has_product = wanted.product_by_pixel = attention_row_ > 0;
+    wanted.has_product = wanted.product_by_pixel = weights_ != nullptr;
     wanted.has_sign = wanted.sign_by_pixel = attends();
     wanted.has_error = wanted.error_by_pixel = options_.imitations > 0;
-    wanted.product_channel = floats(operands_.weights);
-    wanted.sign_channel = attends() ? floats(by_channel) : nullptr;
-    wanted.error_channel = floats(operands_.channel);
+    wanted.product_channel = weights_;
+    wanted.sign_channel = attends() ? sign_channel : nullptr;
+    wanted.error_channel = channel_;
     wanted.absolute = wanted.has_product && options_.absolute;
     wanted.values = values;
-    gradient(
-        s_, wanted, out, [&](const Band& band, const PixelFactors& factors) { fill(grad, saved, band, factors); }, images);
+    gradient(s_, wanted, out, [&](const Band& band, const PixelFactors& factors) { fill(grad, saved, band, factors); }, images);
   }
 
   // The numbers of a band's pixels in each term's gradient.
   void fill(const float* grad, const Saved& saved, const Band& band, const PixelFactors& factors) const {
-    const Level& level = s_[band.level];
     const int64_t place = static_cast<int64_t>(band.level) * s_.images() + band.image;
+    const Level& level = level_of(place);
     const int64_t map = map_place(place) + band.first;
     const MapKernels& kernels = map_kernels();
     if (factors.product != nullptr) {
-      kernels.map_gradient(floats(saved.raw) + map, floats(operands_.map_t) + map, from(operands_.map_spatial, map),
-                           state(saved, 0, place), upstream(grad, 0, place), band.pixels, divisor(level), options_.map, factors.product);
+      kernels.map_gradient(saved.raw + map, map_t_ + map, from(map_spatial_, map), state(saved, 0, place), upstream(grad, 0, place),
+                           band.pixels, divisor(place), options_.map, factors.product);
     }
     if (factors.sign != nullptr) {
-      kernels.attention_gradient(floats(saved.magnitude) + map, floats(operands_.attention_spatial) + map, state(saved, 1, place),
+      kernels.attention_gradient(saved.magnitude + map, attention_spatial_ + map, state(saved, 1, place),
                                  upstream(grad, attention_row_, place), band.pixels, level.pixels,
                                  logit_factor(level.channels, options_.temperature), factors.sign);
     }
@@ -213,7 +228,7 @@ class Terms {
     for (int64_t k = 0; k < options_.imitations; ++k) {
       // The 2 of a square's derivative.
       const float d = 2.0f * upstream(grad, imitation_row_ + k, place);
-      const float* spatial = operands_.spatial.empty() ? nullptr : floats(operands_.spatial[k]) + map;
+      const float* spatial = spatial_.empty() ? nullptr : spatial_[k] + map;
       for (int64_t p = 0; p < band.pixels; ++p) factors.error[p] += spatial != nullptr ? d * spatial[p] : d;
     }
   }
@@ -221,41 +236,37 @@ class Terms {
   // What multiplies a row at one level and image: a number a row, and a tensor if there is one.
   float factor(int64_t row, int64_t place) const {
     const float scale = static_cast<float>(options_.scales[row]);
-    return operands_.factors ? scale * floats(operands_.factors)[row * all_images(s_).last + place] : scale;
+    return factors_ != nullptr ? scale * factors_[row * images_ + place] : scale;
   }
 
   float upstream(const float* grad, int64_t row, int64_t place) const {
     const float own = factor(row, place);
-    return grad != nullptr ? own * grad[row * all_images(s_).last + place] : own;
+    return grad != nullptr ? own * grad[row * images_ + place] : own;
   }
 
-  float divisor(const Level& level) const { return divisor_of(options_.average, s_.images(), level.pixels); }
-
-  float* state(const Saved& saved, int64_t kind, int64_t place) const {
-    return floats(saved.state) + (kind * all_images(s_).last + place) * STATE;
-  }
+  const Level& level_of(int64_t place) const { return s_[place / s_.images()]; }
+  float divisor(int64_t place) const { return divisors_[place / s_.images()]; }
+  float* state(const Saved& saved, int64_t kind, int64_t place) const { return saved.state + (kind * images_ + place) * STATE; }
 
   // Where the map and the vector of an image begin in packed buffers.
-  int64_t map_place(int64_t place) const {
-    const size_t level = place / s_.images();
-    return places_.map[level] + place % s_.images() * s_[level].pixels;
-  }
+  int64_t map_place(int64_t place) const { return places_.map[place / s_.images()] + place % s_.images() * level_of(place).pixels; }
+  int64_t vector_place(int64_t place) const { return places_.vector[place / s_.images()] + place % s_.images() * level_of(place).channels; }
 
-  int64_t vector_place(int64_t place) const {
-    const size_t level = place / s_.images();
-    return places_.vector[level] + place % s_.images() * s_[level].channels;
-  }
-
-  static const float* from(const std::optional<Tensor>& packed, int64_t place) {
-    return packed ? floats(*packed) + place : nullptr;
-  }
+  static const float* from(const float* packed, int64_t place) { return packed != nullptr ? packed + place : nullptr; }
 
   const Operands& operands_;
   const Options& options_;
   const Pyramid s_, t_;
   const Places places_;
+  // Images of all levels.
+  const int64_t images_;
+  const float *const weights_, *const map_t_, *const map_spatial_, *const attention_spatial_, *const attention_channel_, *const channel_,
+      *const factors_;
   // The attention's first row, behind that of the map, and the first imitation's.
   const int64_t attention_row_, imitation_row_;
+  std::vector<const float*> spatial_;
+  // Of the map's distance, a level.
+  std::vector<float> divisors_;
 };
 
 // The arguments that all four operators end with.
@@ -290,17 +301,17 @@ std::vector<Tensor> terms_backward(Tensor grad, std::vector<Tensor> saved, std::
   KD_PARSED;
   const Pyramid added(arriving, &made.s());
   Results out(s, made.s());
-  made.backward(floats(grad), {saved[0], saved[1], saved[2], saved[3]}, arriving.empty() ? nullptr : &added, out);
+  made.backward(grad, saved, arriving.empty() ? nullptr : &added, out);
   return out.finish();
 }
 
 void terms_correct_gradient(std::vector<Tensor> gradients, Tensor grad, std::vector<Tensor> saved, KD_PARAMETERS) {
   KD_PARSED;
-  const float* d = floats(grad);
+  const float* d = floats(grad, grad.numel());
   // Right already.
   if (std::all_of(d, d + grad.numel(), [](float x) { return x == 1.0f; })) return;
   Results out(gradients, made.s(), true);
-  made.backward(d, {saved[0], saved[1], saved[2], saved[3]}, nullptr, out);
+  made.backward(grad, saved, nullptr, out);
   out.finish();
 }
 

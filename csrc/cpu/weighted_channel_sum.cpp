@@ -8,9 +8,9 @@ namespace {
 
 Tensor weighted_channel_sum(std::vector<Tensor> x, Tensor w, bool absolute) {
   const Pyramid levels(x);
-  const Tensor raw = new_floats({levels.images() * levels.pixels()});
+  const Tensor raw = new_floats({levels.maps()});
   Reading wanted;
-  wanted.weights = floats(w);
+  wanted.weights = floats(w, levels.vectors());
   wanted.absolute = absolute;
   wanted.raw = floats(raw);
   reduce(levels, wanted);
@@ -22,9 +22,9 @@ std::vector<Tensor> weighted_channel_sum_backward(std::vector<Tensor> x, Tensor 
   Results out(x, levels);
   Writing wanted;
   wanted.has_product = wanted.product_by_pixel = true;
-  wanted.product_channel = floats(w);
+  wanted.product_channel = floats(w, levels.vectors());
   wanted.absolute = absolute;
-  const PackedMaps maps(floats(grad), levels);
+  const PackedMaps maps(floats(grad, levels.maps()), levels);
   gradient(levels, wanted, out, [&](const Band& band, const PixelFactors& pixel) { maps.copy(band, pixel.product); });
   return out.finish();
 }

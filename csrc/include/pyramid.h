@@ -43,9 +43,9 @@ class Pyramid {
   const Level& operator[](size_t level) const { return levels_[level]; }
   size_t size() const { return levels_.size(); }
   int64_t images() const { return levels_.empty() ? 0 : levels_[0].images; }
-  // Sums over the levels.
-  int64_t channels() const;
-  int64_t pixels() const;
+  // Elements of packed vectors (N, C) and of packed maps (N, P) of all levels.
+  int64_t vectors() const;
+  int64_t maps() const;
 
  private:
   std::vector<Tensor> held_;
@@ -72,8 +72,11 @@ class Results {
 // An uninitialised fp32 tensor on the CPU. Scratch is made so too: torch then counts it, and poisons it where it is asked to.
 Tensor new_floats(const std::vector<int64_t>& shape);
 
-// The elements of a dense fp32 tensor.
+// The elements of a packed tensor. Raises unless it is fp32, contiguous and of `count` elements; null where there is none.
+float* floats(const Tensor& x, int64_t count);
+inline const float* floats(const std::optional<Tensor>& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
+
+// The elements of a tensor that `new_floats` made.
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-inline const float* floats(const std::optional<Tensor>& x) { return x ? floats(*x) : nullptr; }
 
 }  // namespace kd

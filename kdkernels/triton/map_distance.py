@@ -131,7 +131,8 @@ def _compared(
     NORMALIZE: tl.constexpr, NORMALIZE_T: tl.constexpr, DISTANCE: tl.constexpr,
 ):  # fmt: skip
     """M of the student's values r at the pixels p, the distances there and their derivatives with respect to M; 0 where not inside."""
-    m = normalised(r, shift, centre, scale, inverse_temperature, NORMALIZE)
+    # Behind the map's end r is 0, of which softmax may make infinity: it would meet slopes of 0.
+    m = tl.where(inside, normalised(r, shift, centre, scale, inverse_temperature, NORMALIZE), 0.0)
     r_t = tl.load(target + p, inside, 0.0)
     d = m - normalised(r_t, shift_t, centre_t, scale_t, inverse_temperature, NORMALIZE_T)
     weight = 1.0
