@@ -1,13 +1,19 @@
 VENV ?= .venv
 PYTHON ?= python3
 INSTALLED = $(VENV)/.installed
+# Written by every build of the native library.
+BUILT = kdkernels/_build_info.json
 
-.PHONY: test demo lint clean
+.PHONY: test test-torches demo lint native clean
 
-test: $(INSTALLED)
+test: $(BUILT)
 	$(VENV)/bin/python -m pytest
 
-demo: $(INSTALLED)
+# The library as it is built here, on another torch.
+test-torches: $(BUILT)
+	PYTHON=$(VENV)/bin/python scripts/second_torch.sh
+
+demo: $(BUILT)
 	$(VENV)/bin/kdkernels demo
 
 lint: $(INSTALLED)
@@ -17,11 +23,17 @@ lint: $(INSTALLED)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 
-# The pinned development set; made again only when what it is made from changes.
+native: $(BUILT)
+
+$(BUILT): setup.py $(shell find csrc -type f) | $(INSTALLED)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+
+# The pinned development set; made again only when what it is made from changes. torch comes first, as what the library is built with.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools ninja
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info kdkernels/_C_* $(BUILT)

@@ -51,7 +51,7 @@ Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
   held_.reserve(x.size());
   levels_.reserve(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    STD_TORCH_CHECK(x[i].is_cpu() && x[i].dim() == 4, "level ", i, ": expected (N, C, H, W) on the CPU");
+    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == x[0].device(), "level ", i, ": expected (N, C, H, W), all on one device");
     const bool last = like == nullptr ? is_channels_last(x[i]) : (*like)[i].last;
     const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
     held_.push_back(is_dense(x[i], last) ? x[i] : torch::stable::contiguous(x[i], format));

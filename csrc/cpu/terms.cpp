@@ -54,10 +54,10 @@ class Terms {
         attention_channel_(floats(operands.attention_channel, s_.vectors())),
         channel_(floats(operands.channel, s_.vectors())),
         factors_(floats(operands.factors, rows() * images_)),
-        attention_row_(weights_ != nullptr),
+        attention_row_(has_map()),
         imitation_row_(attention_row_ + (attends() ? 2 : 0)) {
     STD_TORCH_CHECK(options.imitations == 0 || t_.size() == s_.size(), "imitations need a target a level");
-    STD_TORCH_CHECK((weights_ == nullptr) == (map_t_ == nullptr) && (attention_spatial_ == nullptr) == (attention_channel_ == nullptr) &&
+    STD_TORCH_CHECK(operands.map_t.has_value() == has_map() && operands.attention_channel.has_value() == attends() &&
                         rows() == imitation_row_ + options.imitations,
                     "operands and scales do not fit");
     for (const Tensor& spatial : operands.spatial) spatial_.push_back(floats(spatial, s_.maps()));
@@ -98,7 +98,9 @@ class Terms {
   const Pyramid& s() const { return s_; }
 
  private:
-  bool attends() const { return attention_spatial_ != nullptr; }
+  // Not by their pointers, which are null where there are no images.
+  bool has_map() const { return operands_.weights.has_value(); }
+  bool attends() const { return operands_.attention_spatial.has_value(); }
   int64_t rows() const { return static_cast<int64_t>(options_.scales.size()); }
 
   std::vector<Tensor> new_results() const {
@@ -106,13 +108,13 @@ class Terms {
     Tensor state = new_floats({3, levels, s_.images(), STATE});
     // Each row uses some of it; the rest is not to differ from run to run.
     torch::stable::zero_(state);
-    return {new_floats({rows(), levels, s_.images()}), new_floats({weights_ != nullptr ? s_.maps() : 0}),
+    return {new_floats({rows(), levels, s_.images()}), new_floats({has_map() ? s_.maps() : 0}),
             new_floats({attends() ? s_.maps() : 0}), new_floats({attends() ? s_.vectors() : 0}), state};
   }
 
   Saved saved_of(const std::vector<Tensor>& tensors) const {
     STD_TORCH_CHECK(tensors.size() == 4, "expected four saved tensors");
-    return {floats(tensors[0], weights_ != nullptr ? s_.maps() : 0), floats(tensors[1], attends() ? s_.maps() : 0),
+    return {floats(tensors[0], has_map() ? s_.maps() : 0), floats(tensors[1], attends() ? s_.maps() : 0),
             floats(tensors[2], attends() ? s_.vectors() : 0), floats(tensors[3], 3 * images_ * STATE)};
   }
 
@@ -135,7 +137,7 @@ class Terms {
 
   void read(const Saved& saved, float* error, Images images) const {
     Reading wanted;
-    if (weights_ != nullptr) {
+    if (has_map()) {
       wanted.weights = weights_;
       wanted.raw = saved.raw;
       wanted.absolute = options_.absolute;
@@ -197,7 +199,7 @@ class Terms {
     Writing wanted;
     wanted.target = &t_;
     wanted.arriving = arriving;
-    wanted.has_product = wanted.product_by_pixel = weights_ != nullptr;
+    wanted.has_product = wanted.product_by_pixel = has_map();
     wanted.has_sign = wanted.sign_by_pixel = attends();
     wanted.has_error = wanted.error_by_pixel = options_.imitations > 0;
     wanted.product_channel = weights_;

@@ -199,7 +199,7 @@ int64_t most(const Pyramid& levels, const Count& count) {
 Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
   const OnDeviceOf device(x[0]);
   const Pyramid levels(x);
-  const Tensor means = new_floats(x[0], {levels.images() * levels.channels()});
+  const Tensor means = new_floats(x[0], {levels.vectors()});
   int64_t sums = 0;
   for (size_t i = 0; i < levels.size(); ++i) {
     if (levels[i].last) sums += levels[i].images * pieces_of(levels[i]) * levels[i].channels;
@@ -220,7 +220,7 @@ std::vector<Tensor> channel_mean_backward(std::vector<Tensor> x, Tensor grad, bo
   const Pyramid levels(x);
   Results out(x, levels);
   const int64_t rows = most(levels, [](const Level& x) { return x.images * (x.last ? x.pixels : x.channels); });
-  in_groups(levels, floats(grad), nullptr, &out, absolute, [&](const Work& work, unsigned count) {
+  in_groups(levels, floats_beside(x[0], grad, levels.vectors()), nullptr, &out, absolute, [&](const Work& work, unsigned count) {
     if (rows > 0) gradient<<<dim3(grid_of(rows), count), kThreads, 0, device.stream()>>>(work);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

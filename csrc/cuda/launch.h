@@ -26,6 +26,19 @@ class OnDeviceOf {
   cudaStream_t stream_;
 };
 
+// An uninitialised fp32 tensor of this shape on x's device.
+inline Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(x, shape, torch::headeronly::ScalarType::Float);
+}
+
+// The elements of a packed tensor on x's device. Raises unless it is fp32, contiguous and of `count` elements.
+inline float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
+  STD_TORCH_CHECK(packed.device() == x.device() && packed.scalar_type() == torch::headeronly::ScalarType::Float &&
+                      packed.is_contiguous() && packed.numel() == count,
+                  "expected ", count, " contiguous fp32 elements on the device of the levels");
+  return floats(packed);
+}
+
 // A grid's extent in x for `count` blocks' work; kernels go round where it is less than the count.
 inline unsigned grid_of(int64_t count) { return static_cast<unsigned>(std::min<int64_t>(count, 1 << 20)); }
 
