@@ -8,7 +8,7 @@ import torch
 from oracle import aid, bmfi, cases, gkd
 from oracle.compare import RTOL32, RTOL_MASK, assert_close, assert_levels_close
 
-from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, functional
+from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, backend, functional
 
 LOSSES = np.array([[0.1, 2.0], [0.5, 0.0], [3.0, 1.25]])
 BMFI = bmfi.BMFI(alpha=0.4, gamma=0.3, lambda_=0.2)
@@ -70,7 +70,9 @@ def test_the_gradient_of_a_weighted_sum():
     assert_levels_close(gradients, [sum(levels) for levels in zip(*parts, strict=True)], RTOL_MASK, what="gradient of level")
 
 
-def test_the_same_bits_as_each_loss_alone():
+def test_the_same_bits_as_each_loss_alone(monkeypatch):
+    """On the reference: what fused kernels share they add in another order."""
+    monkeypatch.setattr(backend, "_choice", "reference")
     arrays = cases.four(4)
     x, got = _call(FusedLoss(_losses()), arrays, torch.float32)
     t, g_s, g_t = (cases.tensors(levels, torch.float32) for levels in arrays[1:])

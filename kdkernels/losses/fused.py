@@ -15,7 +15,8 @@ from .composed import teacher_sides, term_values
 class FusedLoss(nn.Module):
     """Evaluates several losses on the same features and returns a dict of the same keys.
 
-    Each value is exactly what that loss alone gives for the same arguments: boxes that are given for BMFI also weight GKD's imitation form.
+    Each value is what that loss alone gives for the same arguments, to the bit on the reference, which adds in the same order: boxes that
+    are given for BMFI also weight GKD's imitation form.
 
     losses: name -> loss of this library.
     needs:  all that the losses need together; compares_features: whether one of them does.
