@@ -122,7 +122,7 @@ def native_library(gpu: bool) -> Part:
     if not absent and importlib.util.find_spec("setuptools") is None:
         absent = "setuptools is not installed"
     command, wanted = [sys.executable, "setup.py", "build_ext", "--inplace"], {"KDKERNELS_BUILD": "cuda" if gpu else "cpu"}
-    return Part("native library", command, limit=240, absent=absent, environment=wanted)
+    return Part("native library", command, limit=120, absent=absent, environment=wanted)
 
 
 def find_tests(suite: Suite) -> list[Path]:
@@ -143,7 +143,8 @@ def tests(out: Path, form: str, files: list[Path]) -> list[Part]:
     texts = {path: path.read_text(encoding="utf-8") for path in files}
     alone = [path for path in files if path.name in ALONE]
     # Each kernel by itself, with all its options; marked in what they import.
-    kernels = [path for path in files if "from triton_support import DEVICES" in texts[path]]
+    marks = "from triton_support import DEVICES", "from all_kernels import"
+    kernels = [path for path in files if any(mark in texts[path] for mark in marks)]
     whole = [path for path in files if "mark.gpu" in texts[path] and path not in (*alone, *kernels)]
     parallel = importlib.util.find_spec("xdist") is not None
     absent = "" if parallel or form != "quick" else "pytest-xdist is not installed, and one process takes minutes: --full runs them"

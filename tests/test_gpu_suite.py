@@ -130,7 +130,7 @@ def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path, xdis
 def test_every_file_with_gpu_tests_is_run_once_or_said_to_be_left_out(form: str, tmp_path: Path, xdist: bool) -> None:
     parts = [part for part in gpu_suite.tests(tmp_path, form, FILES) if part.name != "primitive and harness tests"]
     run = [Path(word).name for part in parts for word in part.command if word.endswith(".py")]
-    kernels = {path.name for path in FILES if path.name.startswith("test_triton_")} | {"test_shared_read.py"}
+    kernels = {path.name for path in FILES if path.name.startswith(("test_triton_", "test_kernels_"))} | {"test_shared_read.py"}
     others = {"test_gpu.py", "test_gpu_triton.py", "test_bench_gate.py", "test_bench_measure.py", "test_tune.py"}
     left_out = form == "quick" and not xdist
     assert sorted(run) == sorted(others if left_out else others | kernels)

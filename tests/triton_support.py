@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -10,23 +10,15 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from levels import DTYPES, LAYOUTS, pyramid, relative_error
 from torch import Tensor
+
+__all__ = ["DEVICES", "DTYPES", "LAYOUTS", "ROUNDING", "poisoned", "pyramid", "relative_error"]
 
 #: On the CPU where kernels are interpreted, on a GPU where they are compiled.
 DEVICES = [*(["cpu"] if triton.knobs.runtime.interpret else []), pytest.param("cuda", marks=pytest.mark.gpu)]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Relative error of one rounding to the type; the interpreter truncates to bf16 where a GPU rounds.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
-
-
-def pyramid(
-    shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0, device: str = "cpu"
-) -> list[Tensor]:
-    """Normal random levels of these shapes, or small tensors of any other number of dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    levels = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
-    return [x.contiguous(memory_format=LAYOUTS[layout]) if x.dim() == 4 else x for x in levels]
 
 
 @contextmanager
@@ -47,9 +39,3 @@ def poisoned() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", spoilt(new_empty)),
     ):
         yield
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64; 0 when both are 0."""
-    difference = (got.double().cpu() - want.double().cpu()).norm()
-    return float(difference / want.double().cpu().norm()) if float(difference) else 0.0
