@@ -4,7 +4,7 @@ INSTALLED = $(VENV)/.installed
 # Written by every build of the native library.
 BUILT = kdkernels/_build_info.json
 
-.PHONY: test test-torches demo lint native clean
+.PHONY: test test-torches sanitize demo lint native clean
 
 test: $(BUILT)
 	$(VENV)/bin/python -m pytest
@@ -12,6 +12,10 @@ test: $(BUILT)
 # The library as it is built here, on another torch.
 test-torches: $(BUILT)
 	PYTHON=$(VENV)/bin/python scripts/second_torch.sh
+
+# The native tests on a library that reports bad addresses and undefined behaviour.
+sanitize: $(BUILT)
+	PYTHON=$(VENV)/bin/python scripts/sanitize.sh
 
 demo: $(BUILT)
 	$(VENV)/bin/kdkernels demo
@@ -23,7 +27,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 
-native: $(BUILT)
+# By name, so that what cannot be compiled is an error; `make test` goes on without it.
+native: $(INSTALLED)
+	KDKERNELS_BUILD=$${KDKERNELS_BUILD:-cpu} $(VENV)/bin/python setup.py --quiet build_ext --inplace
 
 $(BUILT): setup.py $(shell find csrc -type f) | $(INSTALLED)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace

@@ -106,10 +106,10 @@ class BuildNative(build_ext):
             if mode == "none" or (mode == "cpu" and name == "cuda"):
                 raise Unwanted(f"KDKERNELS_BUILD={mode}")
             built = self.build_cpu(extension) if name == "cpu" else self.build_cuda(extension)
-        except Unbuildable as why:
+        except Exception as why:  # whatever goes wrong, the Python part installs
             if mode != "auto" and not isinstance(why, Unwanted):
                 raise SetupError(f"KDKERNELS_BUILD={mode}, but {extension.name} cannot be built: {why}") from why
-            reason = str(why)
+            reason = str(why) if isinstance(why, Unbuildable) else f"{type(why).__name__}: {why}"
         else:
             self.info[name] = {"built": True, "reason": "", **built}
             print(f"kdkernels: built {extension.name} with {built['compiler']}")

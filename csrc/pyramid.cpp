@@ -79,7 +79,12 @@ Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
   place(like);
 }
 
-Results::Results(std::vector<Tensor> out, const Pyramid& like, bool) : results_(std::move(out)) { place(like); }
+Results Results::again(std::vector<Tensor> results, const Pyramid& like) {
+  Results made;
+  made.results_ = std::move(results);
+  made.place(like);
+  return made;
+}
 
 void Results::place(const Pyramid& like) {
   for (size_t i = 0; i < results_.size(); ++i) {

@@ -122,7 +122,7 @@ def native_library(gpu: bool) -> Part:
     if not absent and importlib.util.find_spec("setuptools") is None:
         absent = "setuptools is not installed"
     command, wanted = [sys.executable, "setup.py", "build_ext", "--inplace"], {"KDKERNELS_BUILD": "cuda" if gpu else "cpu"}
-    return Part("native library", command, limit=120, absent=absent, environment=wanted)
+    return Part("native library", command, limit=300, absent=absent, environment=wanted)
 
 
 def find_tests(suite: Suite) -> list[Path]:

@@ -3,7 +3,7 @@
 # First it makes sure that they report what they are there for.
 #
 # SANITIZE: address (default), with undefined behaviour, or thread.   PYTHON: where what builds and tests kdkernels is installed.
-# GXX: g++ with its sanitisers' libraries.   Needs about five minutes; the libraries stay in build/sanitize.
+# GXX: g++ with its sanitisers' libraries.   Needs ten minutes or less; what is compiled stays in build/sanitize.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -18,14 +18,14 @@ mkdir -p "$work"
 # Python and torch are compiled without: the libraries come first of all, and what Python keeps until the end is no leak of ours.
 case $kind in
   address)
-    flags="-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+    flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv"
     preload="$("$gxx" -print-file-name=libasan.so):$("$gxx" -print-file-name=libubsan.so)"
     export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
     ;;
   thread)
     flags="-fsanitize=thread"
     preload=$("$gxx" -print-file-name=libtsan.so)
-    export TSAN_OPTIONS="halt_on_error=1 exitcode=66 report_signal_unsafe=0 ignore_noninstrumented_modules=1"
+    export TSAN_OPTIONS="halt_on_error=1 exitcode=66 report_signal_unsafe=0 ignore_noninstrumented_modules=1 die_after_fork=0"
     ;;
   *) echo "SANITIZE is address or thread; got $kind" >&2 && exit 2 ;;
 esac
@@ -37,7 +37,8 @@ cat > "$work/threads.cpp" << 'END'
 #include <thread>
 #include <vector>
 
-__attribute__((visibility("hidden"))) AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc run, void* given) {
+__attribute__((visibility("hidden")))
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc run, void* given) {
   std::vector<std::thread> threads;
   for (int64_t i = begin; i < end; ++i) threads.emplace_back(run, i, i + 1, given);
   for (std::thread& thread : threads) thread.join();
@@ -53,7 +54,7 @@ using torch::stable::Tensor;
 
 double element(Tensor x, int64_t place) { return static_cast<const float*>(x.const_data_ptr())[place]; }
 int64_t shifted(int64_t by) { return int64_t{1} << by; }
-int64_t truncated(double x) { return static_cast<int32_t>(x); }
+int64_t larger(int64_t x) { return x + 1; }
 int64_t counted(int64_t threads) {
   int64_t count = 0;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -65,18 +66,18 @@ int64_t counted(int64_t threads) {
 STABLE_TORCH_LIBRARY(kdkernels_mistakes, m) {
   m.def("element(Tensor x, int place) -> float");
   m.def("shifted(int by) -> int");
-  m.def("truncated(float x) -> int");
+  m.def("larger(int x) -> int");
   m.def("counted(int threads) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_mistakes, CompositeExplicitAutograd, m) {
   m.impl("element", TORCH_BOX(&element));
   m.impl("shifted", TORCH_BOX(&shifted));
-  m.impl("truncated", TORCH_BOX(&truncated));
+  m.impl("larger", TORCH_BOX(&larger));
   m.impl("counted", TORCH_BOX(&counted));
 }
 END
 
-# setup.py's build, by a compiler that has the last word about optimisation and debugging symbols.
+# setup.py's build, by a compiler that has the last word: Python's own flags make overflow defined, and hide it so.
 cat > "$work/c++" << END
 #!/bin/sh
 exec $gxx "\$@" -O1 -g -fno-omit-frame-pointer $flags \$LAST
@@ -112,8 +113,8 @@ else
   mistake 'element(torch.ones(8), 16)' heap-buffer-overflow
   mistake 'shifted(62)'
   mistake 'shifted(64)' 'shift exponent 64'
-  mistake 'truncated(-1e9)'
-  mistake 'truncated(1e10)' 'outside the range of representable values'
+  mistake 'larger(1)'
+  mistake 'larger(2**63 - 1)' 'signed integer overflow'
 fi
 echo "the $kind sanitiser reports mistakes; now the tests"
 run - "$scratch" << 'END'
@@ -125,4 +126,12 @@ from kdkernels import native
 file, reason = native.library()
 assert not reason and file is not None and file.is_relative_to(Path(sys.argv[1]))
 END
-run -m pytest -p no:cacheprovider "$@" tests/test_native*.py
+options=() skip=nothing
+if [ "$kind" = thread ]; then
+  # It needs four times the memory that is addressed, and cannot follow a fork of a process that has threads.
+  # What a compiler or a disassembler does shows it nothing.
+  skip='_(large|operators|isa).py'
+  options=(--deselect tests/test_native_threads.py::test_a_forked_child_computes_and_so_does_its_parent)
+fi
+mapfile -t tests < <(find tests -name 'test_native*.py' | grep -Ev "$skip" | sort)
+run -m pytest -p no:cacheprovider "${options[@]}" "$@" "${tests[@]}"

@@ -28,6 +28,11 @@ pins=$scratch/pins.txt
 echo "# ${packages[*]}" > "$pins"
 sed -e "s/^torch==.*/torch==$newest/" -e '/^torchvision==/d' -e '/^triton==/d' -e '/^setuptools==/d' constraints.txt >> "$pins"
 if ! cmp --silent "$pins" "$venv/pins.txt"; then
+  # Nothing is thrown away that is not an environment.
+  if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+    echo "VENV_NEWEST names what is no virtual environment: $venv" >&2
+    exit 2
+  fi
   rm -rf "$venv"
   "$python" -m venv "$venv"
   install --constraint "$pins" "${packages[@]}"

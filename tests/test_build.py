@@ -120,6 +120,16 @@ def test_cuda_asked_for_and_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 @needs_torch
+def test_a_toolkit_that_cannot_even_start_is_left_out(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_bytes(b"no program")
+    nvcc.chmod(0o755)
+    said = build(tmp_path, CUDA_HOME=str(tmp_path), CXX=program(tmp_path / "c++", COMPILES_NOTHING))
+    assert "left out kdkernels._C_cuda: OSError: " in said and libraries(tmp_path) == ["_C_cpu.abi3.so"]
+
+
+@needs_torch
 @pytest.mark.parametrize(
     ("chosen", "options"),
     [

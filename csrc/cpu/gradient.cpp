@@ -70,7 +70,8 @@ class Writer {
     if (by_pixel) by_pixel(band, pixel);
     const int64_t vector = places_.vector[band.level] + band.image * x.channels;
     const auto of_channels = [&](const float* all) { return all != nullptr ? all + vector : nullptr; };
-    const float* by_channel[3] = {of_channels(wanted_.product_channel), of_channels(wanted_.sign_channel), of_channels(wanted_.error_channel)};
+    const float* by_channel[3] = {of_channels(wanted_.product_channel), of_channels(wanted_.sign_channel),
+                                  of_channels(wanted_.error_channel)};
     const float* by_place[3] = {pixel.product, pixel.sign, pixel.error};
     // Along a row run pixels or, in channels_last, channels.
     const float* const* along = x.last ? by_channel : by_place;

@@ -312,7 +312,7 @@ void terms_correct_gradient(std::vector<Tensor> gradients, Tensor grad, std::vec
   const float* d = floats(grad, grad.numel());
   // Right already.
   if (std::all_of(d, d + grad.numel(), [](float x) { return x == 1.0f; })) return;
-  Results out(gradients, made.s(), true);
+  Results out = Results::again(gradients, made.s());
   made.backward(grad, saved, nullptr, out);
   out.finish();
 }

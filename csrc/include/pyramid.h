@@ -56,13 +56,14 @@ class Pyramid {
 class Results {
  public:
   Results(const std::vector<Tensor>& x, const Pyramid& like);
-  // Writes to tensors that there are, of such strides.
-  Results(std::vector<Tensor> out, const Pyramid& like, bool);
+  // Tensors that there are, of such strides, to be written again.
+  static Results again(std::vector<Tensor> results, const Pyramid& like);
 
   const Level& operator[](size_t level) const { return levels_[level]; }
   std::vector<Tensor> finish();
 
  private:
+  Results() = default;
   void place(const Pyramid& like);
 
   std::vector<Tensor> results_, written_;
