@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import DTYPES, LAYOUTS, pyramid, relative_error
 from native_support import GRADIENT, VALUE, needs_library, same_everywhere
 from torch import Tensor
-from triton_support import DTYPES, LAYOUTS, pyramid, relative_error
 
 from kdkernels import functional
 from kdkernels.backend import set_backend

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from levels import pyramid, relative_error
 from native_support import GRADIENT, VALUE, needs_library, same_everywhere
 from torch import Tensor
-from triton_support import pyramid, relative_error
 
 from kdkernels import backend
 from kdkernels.functional import map_distance as public

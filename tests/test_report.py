@@ -39,7 +39,8 @@ def results(**maps: list[float]) -> dict[str, Any]:
         for seed, ap in enumerate(values)
     ]
     data = {"train_images": 400, "val_images": 150}
-    return {"data": data, "rows": rows, "inherit": False, "seconds": 500.0, "threads": 2, "backend": "native", "versions": {"torch": "2.11"}}
+    how = {"inherit": False, "seconds": 500.0, "threads": 2, "backend": "native", "versions": {"torch": "2.11"}}
+    return {"data": data, "rows": rows, **how}
 
 
 def test_the_demos_table_has_means_deviations_and_differences_per_seed() -> None:

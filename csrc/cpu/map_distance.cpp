@@ -18,12 +18,12 @@ class Maps {
   const float *const student, *const teacher, *const spatial;
   const MapOptions options;
 
-  Maps(const Tensor& m_s, const Tensor& m_t, const std::optional<Tensor>& spatial, int64_t images, const std::vector<int64_t>& pixels,
+  Maps(const Tensor& m_s, const Tensor& m_t, const std::optional<Tensor>& factors, int64_t images, const std::vector<int64_t>& pixels,
        const std::string& normalize, const std::string& normalize_t, const std::string& distance, double eps, bool relative,
        double temperature, const std::string& average)
       : student(floats(m_s, elements(images, pixels))),
         teacher(floats(m_t, elements(images, pixels))),
-        spatial(floats(spatial, elements(images, pixels))),
+        spatial(floats(factors, elements(images, pixels))),
         options{Rectify::none, normalize_of(normalize), normalize_of(normalize_t), distance_of(distance), static_cast<float>(eps), relative,
                 static_cast<float>(temperature)},
         images_(images),

@@ -15,6 +15,7 @@ typedef int32_t Truth;
 typedef float Register __attribute__((vector_size(4 * KD_WIDTH)));
 typedef int32_t Integers __attribute__((vector_size(4 * KD_WIDTH)));
 typedef Integers Truth;
+typedef uint32_t Bits __attribute__((vector_size(4 * KD_WIDTH)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * KD_WIDTH)));
 #endif
 
@@ -249,9 +250,9 @@ KD_INLINE void store(BFloat16* to, const Floats& x) {
   }
 #else
   KD_PARTS {
-    const Integers bits = bits_of(x.part[part]);
-    const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Shorts narrow = __builtin_convertvector(x.part[part] == x.part[part] ? rounded : Integers{} + 0x7fc0, Shorts);
+    const Bits bits = (Bits)x.part[part];
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Shorts narrow = __builtin_convertvector(x.part[part] == x.part[part] ? rounded : Bits{} + 0x7fc0, Shorts);
     std::memcpy(to + KD_WIDTH * part, &narrow, sizeof narrow);
   }
 #endif

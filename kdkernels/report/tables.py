@@ -55,7 +55,8 @@ def demo_table(results: Mapping[str, Any]) -> Table:
     title = f"{data['train_images']} training and {data['val_images']} validation images, COCO AP x 100"
     notes = [
         f"Every student of a seed starts from the same weights ({start}) and sees the same images in the same order.",
-        f"Measured in {results['seconds']:.0f} s with {results['threads']} threads, torch {results['versions']['torch']}, backend {results['backend']}.",
+        f"Measured in {results['seconds']:.0f} s with {results['threads']} threads, torch {results['versions']['torch']}, "
+        f"backend {results['backend']}.",
     ]
     return Table(title, columns, rows, notes)
 
