@@ -12,13 +12,18 @@ using torch::headeronly::ScalarType;
 
 bool is_dense(const Tensor& x, bool last) { return last ? is_channels_last(x) : x.is_contiguous(); }
 
-Level level_of(const Tensor& x, bool last) {
-  return {static_cast<char*>(x.mutable_data_ptr()), type_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), last};
+Level level_of(const Tensor& x, bool last, char* data) { return {data, type_of(x), x.size(0), x.size(1), x.size(2) * x.size(3), last}; }
+
+bool same_shape(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() == y.dim();
+  for (int64_t axis = 0; same && axis < x.dim(); ++axis) same = x.size(axis) == y.size(axis);
+  return same;
 }
 
-// Large new memory comes page by page as it is first written to, which takes as long as the writing; with large pages it does not.
+// Large new memory comes page by page as it is first written to, which is slow; large pages are fewer.
 void advise_huge_pages(const Tensor& x) {
 #ifdef __linux__
+  if (!x.is_cpu()) return;
   constexpr uintptr_t PAGE = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + x.numel() * x.element_size()) / PAGE * PAGE;
@@ -48,14 +53,19 @@ bool is_channels_last(const Tensor& x) {
 }
 
 Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
+  STD_TORCH_CHECK(like == nullptr || like->size() == x.size(), "expected as many levels as there are of the student, got ", x.size());
   held_.reserve(x.size());
   levels_.reserve(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == x[0].device(), "level ", i, ": expected (N, C, H, W), all on one device");
+    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == x[0].device() && x[i].size(0) == x[0].size(0) && x[i].size(1) > 0 &&
+                        x[i].size(2) > 0 && x[i].size(3) > 0,
+                    "level ", i, ": expected (N, C, H, W), one N for all, on one device, and no empty level");
+    STD_TORCH_CHECK(like == nullptr || same_shape(x[i], like->held_[i]), "level ", i, ": another shape than the student's");
     const bool last = like == nullptr ? is_channels_last(x[i]) : (*like)[i].last;
     const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
     held_.push_back(is_dense(x[i], last) ? x[i] : torch::stable::contiguous(x[i], format));
-    levels_.push_back(level_of(held_.back(), last));
+    // Read only, though a level's pointer would let write: results have such levels too.
+    levels_.push_back(level_of(held_.back(), last, static_cast<char*>(const_cast<void*>(held_.back().const_data_ptr()))));
   }
 }
 
@@ -80,6 +90,11 @@ Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
 }
 
 Results Results::again(std::vector<Tensor> results, const Pyramid& like) {
+  STD_TORCH_CHECK(results.size() == like.size(), "expected as many levels as there are of the student, got ", results.size());
+  for (size_t i = 0; i < results.size(); ++i) {
+    STD_TORCH_CHECK(same_shape(results[i], like.held_[i]) && type_of(results[i]) == like[i].type && results[i].is_cpu(),
+                    "level ", i, ": a result of another shape or type than the student's");
+  }
   Results made;
   made.results_ = std::move(results);
   made.place(like);
@@ -88,11 +103,12 @@ Results Results::again(std::vector<Tensor> results, const Pyramid& like) {
 
 void Results::place(const Pyramid& like) {
   for (size_t i = 0; i < results_.size(); ++i) {
+    const Tensor& x = results_[i];
     const bool last = like[i].last;
     // Levels of another layout than the kernels' get their values in the end.
     const MemoryFormat format = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-    written_.push_back(is_dense(results_[i], last) ? results_[i] : torch::stable::contiguous(results_[i], format));
-    levels_.push_back(level_of(written_.back(), last));
+    written_.push_back(is_dense(x, last) ? x : torch::stable::empty(x.sizes(), x.scalar_type(), {}, x.device(), {}, format));
+    levels_.push_back(level_of(written_.back(), last, static_cast<char*>(written_.back().mutable_data_ptr())));
   }
 }
 
@@ -103,10 +119,10 @@ std::vector<Tensor> Results::finish() {
   return std::move(results_);
 }
 
-float* floats(const Tensor& x, int64_t count) {
+const float* floats(const Tensor& x, int64_t count) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count,
                   "expected ", count, " contiguous float32 elements on the CPU, got ", x.numel(), " of ", toString(x.scalar_type()));
-  return floats(x);
+  return static_cast<const float*>(x.const_data_ptr());
 }
 
 Tensor new_floats(const std::vector<int64_t>& shape) { return torch::stable::empty(shape, ScalarType::Float); }

@@ -34,9 +34,10 @@ def build_info(folder: Path = FOLDER) -> dict[str, Any]:
     "compiler", "flags"}, for cuda "architectures" too.
     """
     try:
-        return json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "_build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load(kind: str, folder: Path = FOLDER) -> Library:
@@ -84,7 +85,7 @@ def capability() -> str:
 
 def _too_different(built: dict[str, Any]) -> str:
     """Why a library so built cannot fit this kdkernels or this torch; "" when it may."""
-    wanted, target = built.get("version", kdkernels.__version__), built.get("target", "2.11")
+    wanted, target = built.get("version", kdkernels.__version__), str(built.get("target", "2.11"))
     if wanted != kdkernels.__version__:
         return f"it was built for kdkernels {wanted}, this is {kdkernels.__version__}"
     if _release(torch.__version__) < _release(target):
@@ -102,6 +103,8 @@ def _open_cpu(file: Path) -> str:
     reason = "" if hasattr(torch.ops.kdkernels_native, "cpu_capability") else _open(file)
     if reason:
         return reason
+    if not hasattr(torch.ops.kdkernels_native, "cpu_capability"):
+        return "it has not the operators of kdkernels"
     try:
         capability()
     except RuntimeError as error:

@@ -49,9 +49,18 @@ def test_without_a_file_the_reason_is_what_setup_wrote(tmp_path, info, why):
     assert native.load("cpu", tmp_path) == (None, f"this installation of kdkernels has no compiled library _C_cpu{why}")
 
 
-def test_build_info_that_cannot_be_read_is_none(tmp_path):
-    (tmp_path / "_build_info.json").write_text('{"version": ')
+@pytest.mark.parametrize("text", ['{"version": ', "[]", ""])
+def test_build_info_that_cannot_be_read_is_none(tmp_path, text):
+    (tmp_path / "_build_info.json").write_text(text)
     assert native.build_info(tmp_path) == {}
+
+
+@needs_c
+def test_a_library_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "library.c").write_text("int nothing;\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "_C_cpu.abi3.so", tmp_path / "library.c"], check=True)
+    monkeypatch.setattr(torch.ops, "kdkernels_native", torch._ops._OpNamespace("kdkernels_of_nobody"))
+    assert native.load("cpu", tmp_path).reason == "_C_cpu.abi3.so: it has not the operators of kdkernels"
 
 
 @pytest.mark.parametrize("suffix", EXTENSION_SUFFIXES)

@@ -17,7 +17,9 @@ from terms_support import Wanted, doubles, kernels, laid_out, terms, terms_error
 from torch import Tensor
 
 from kdkernels.ops.channel_mean import fused as fused_mean
+from kdkernels.ops.feature_imitation import fused as fused_imitation
 from kdkernels.ops.terms import fused_vjp
+from kdkernels.ops.weighted_channel_sum import fused as fused_sum
 from kdkernels.reference.channel_mean import channel_mean as reference_mean
 from kdkernels.reference.terms import terms as reference
 from kdkernels.reference.terms import terms_vjp as reference_vjp
@@ -150,3 +152,20 @@ def test_a_level_without_images_and_levels_of_one_element(mode: str) -> None:
     one = laid_out([(1, 1, 1, 1)], "fp32", "contiguous", 3)
     mean, _ = check_mean(one, mode)
     assert mean.item() == (one[0].abs() if mode == "abs" else one[0]).item()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_long_sums_of_equal_numbers_lose_little(layout: str) -> None:
+    """All rounded the same way: a chain of additions in fp32 would be off by its length."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.full((1, 512, 64, 64), 0.7).contiguous(memory_format=memory_format)
+    target, leaf = [torch.zeros_like(x)], x.clone().requires_grad_()
+    number = x[0, 0, 0, 0].double()
+    errors = {
+        "imitation": fused_imitation("native", [leaf], target, None, None).detach().double() / (x.numel() * number**2) - 1,
+        "without gradient": fused_imitation("native", [x], target, None, None).double() / (x.numel() * number**2) - 1,
+        "mean": fused_mean("native", [x], "signed")[0].double() / number - 1,
+        "channels": fused_sum("native", [x], [torch.ones(1, 512)])[0][0].double() / (512 * number) - 1,
+    }
+    for name, error in errors.items():
+        assert error.abs().max() < 1e-5, name

@@ -39,12 +39,14 @@ struct Band {
 
 class Bands {
  public:
-  // Images of these levels one after the other; no more than `most` pixels a band.
-  Bands(const Pyramid& x, int64_t most) : most_(most), images_(x.images()) {
+  // Images of these levels one after the other.
+  explicit Bands(const Pyramid& x) : images_(x.images()) {
     int64_t total = 0;
     for (size_t level = 0; level < x.size(); ++level) {
       firsts_.push_back(total);
       pixels_.push_back(x[level].pixels);
+      // Long rows where a row is pixels; few where every pixel is one more term of the fp32 sum of a channel.
+      most_.push_back(x[level].last ? 512 : 2048);
       total += images_ * of_image(level);
     }
     firsts_.push_back(total);
@@ -56,7 +58,7 @@ class Bands {
     if (images_ == 0 || place == images_ * static_cast<int64_t>(pixels_.size())) return count();
     return first_of(place / images_, place % images_);
   }
-  int64_t of_image(size_t level) const { return (pixels_[level] + most_ - 1) / most_; }
+  int64_t of_image(size_t level) const { return (pixels_[level] + most_[level] - 1) / most_[level]; }
   // The index of an image's first band.
   int64_t first_of(size_t level, int64_t image) const { return firsts_[level] + image * of_image(level); }
 
@@ -64,13 +66,13 @@ class Bands {
     size_t level = 0;
     while (index >= firsts_[level + 1]) ++level;
     const int64_t number = (index - firsts_[level]) % of_image(level);
-    const int64_t first = number * most_;
-    return {level, (index - firsts_[level]) / of_image(level), first, std::min(most_, pixels_[level] - first), number, index};
+    const int64_t first = number * most_[level];
+    return {level, (index - firsts_[level]) / of_image(level), first, std::min(most_[level], pixels_[level] - first), number, index};
   }
 
  private:
-  int64_t most_, images_;
-  std::vector<int64_t> firsts_, pixels_;
+  int64_t images_;
+  std::vector<int64_t> firsts_, pixels_, most_;
 };
 
 }  // namespace kd

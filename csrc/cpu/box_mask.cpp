@@ -18,7 +18,6 @@
 namespace kd {
 namespace {
 
-constexpr int64_t LANES = scalar::LANES;
 // Cells that one thread draws at a time: they stay in the first cache.
 constexpr int64_t CELLS = 8192;
 // DeFeat's level 0 takes boxes below twice this edge, in pixels; every further level twice as much.

@@ -1,10 +1,11 @@
 // Compiles the file KD_KERNELS once an instruction set, in the namespaces kd::scalar, kd::avx2 and kd::avx512 (KD_ISA within it), as
 // Highway does. KD_WIDTH is the number of floats of a register. Kernels must not be lambdas, to which the pragmas do not apply, and must
-// not include anything: what is included here is compiled without the instructions.
+// include nothing but vector.inl: what is included here is compiled without the instructions.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "../include/pyramid.h"
 #include "isa.h"

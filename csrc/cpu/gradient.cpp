@@ -4,20 +4,21 @@
 #include <numeric>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
 #include "rows.h"
 
-#if defined(__x86_64__)
+#if KD_X86
 #include <immintrin.h>
 #endif
 
 namespace kd {
 namespace {
 
-constexpr int64_t PIXELS = 2048;
 // Bytes of a gradient above which it does not stay in the caches until somebody reads it.
 constexpr int64_t STREAMED = int64_t{8} << 20;
-constexpr int64_t LANES = 16;
+// Elements of which the fp32 sums of `values` are made at a time.
+constexpr int64_t SUMMED = 4096;
 
 // What a thread needs for one band.
 struct Scratch {
@@ -28,7 +29,7 @@ struct Scratch {
 class Writer {
  public:
   Writer(const Pyramid& x, const Writing& wanted, const Results& out)
-      : x_(x), wanted_(wanted), out_(out), places_(x), bands_(x, PIXELS), rows_(row_kernels()) {
+      : x_(x), wanted_(wanted), out_(out), places_(x), bands_(x), rows_(row_kernels()) {
     int64_t bytes = 0;
     for (size_t level = 0; level < x.size(); ++level) bytes += x.images() * x[level].image_bytes();
     streamed_ = bytes >= STREAMED;
@@ -41,7 +42,7 @@ class Writer {
       thread_local Scratch scratch;
       const Band band = bands_[first + i];
       write(band, scratch, by_pixel);
-#if defined(__x86_64__)
+#if KD_X86
       // What was streamed is to be seen by whoever comes after this piece.
       _mm_sfence();
 #endif
@@ -78,6 +79,8 @@ class Writer {
     const float* const* of_row = x.last ? by_place : by_channel;
     const bool reads = wanted_.has_sign || wanted_.has_error || wanted_.absolute;
     float lanes[LANES] = {};
+    double values = 0;
+    int64_t summed = 0;
     Gradient a{};
     a.count = count;
     a.ahead = x.row_bytes();
@@ -100,8 +103,14 @@ class Writer {
       a.by_error = of_row[2] != nullptr ? of_row[2][row] : 1.0f;
       rows_.gradient[type](a);
       put(place(out_[band.level], band, row), x.type, a.made, count, scratch);
+      summed += count;
+      if (a.values != nullptr && (summed >= SUMMED || row + 1 == outer)) {
+        values = std::accumulate(lanes, lanes + LANES, values);
+        std::fill_n(lanes, LANES, 0.0f);
+        summed = 0;
+      }
     }
-    if (a.values != nullptr) values_[band.index] = std::accumulate(lanes, lanes + LANES, 0.0);
+    if (a.values != nullptr) values_[band.index] = values;
   }
 
   static float* sized(std::vector<float>& buffer, bool wanted, int64_t count) {

@@ -1,6 +1,7 @@
 // Which instructions the kernels use. Every kernel is compiled once a set, chosen when it is called; all sets give the same bits.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -10,6 +11,9 @@
 #endif
 
 namespace kd {
+
+// Floats that are worked on at a time, whatever a register holds.
+constexpr int64_t LANES = 16;
 
 enum class Isa { scalar, avx2, avx512 };
 

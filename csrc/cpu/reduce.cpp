@@ -10,86 +10,135 @@
 namespace kd {
 namespace {
 
-constexpr int64_t PIXELS = 2048;
+// Channels of which a pixel's fp32 sum is made at a time.
+constexpr int64_t CHANNELS = 256;
+// Bytes ahead that are asked for in a channels_last level, which is read from end to end.
 constexpr int64_t AHEAD = 16384;
 
-// Rows of x and of its target as fp32, where they are of different types.
-class Widened {
+// What a thread needs for one band: maps of more channels than are summed at a time, and rows of different types as fp32.
+struct Scratch {
+  std::vector<float> maps[3], rows[2 * MOST_ROWS];
+};
+
+// Reads one band. sums: (C,) sums of the band's pixels, or null.
+class Reader {
  public:
-  const char* operator()(const char* row, Type type, int64_t count) {
-    rows_.emplace_back(count);
-    row_kernels().widen[static_cast<int>(type)](row, rows_.back().data(), count);
-    return reinterpret_cast<const char*>(rows_.back().data());
+  Reader(const Level& x, const Level* target, const Band& band, const Places& places, const Reading& wanted, float* sums)
+      : x_(x), target_(target), band_(band), sums_(sums), mixed_(target != nullptr && target->type != x.type) {
+    const int64_t map = places.map[band.level] + band.image * x.pixels + band.first;
+    const int64_t vector = places.vector[band.level] + band.image * x.channels;
+    float* const packed[] = {wanted.raw, wanted.magnitude, wanted.error};
+    for (int k = 0; k < 3; ++k) maps_[k] = packed[k] != nullptr ? packed[k] + map : nullptr;
+    weights_ = wanted.weights != nullptr ? wanted.weights + vector : nullptr;
+    error_weights_ = wanted.error_channel != nullptr ? wanted.error_channel + vector : nullptr;
+    absolute_ = wanted.absolute;
+    of_magnitudes_ = wanted.sums == ChannelSums::of_magnitudes;
+  }
+
+  void read() {
+    if (x_.last) {
+      read_pixels();
+    } else {
+      read_channels();
+    }
   }
 
  private:
-  std::vector<std::vector<float>> rows_;
-};
+  // Of a contiguous level, in which a row is the band's pixels of a channel.
+  void read_channels() {
+    Down a{};
+    a.count = band_.pixels;
+    a.absolute = absolute_, a.of_magnitudes = of_magnitudes_;
+    for (int64_t first = 0; first < x_.channels; first += CHANNELS) {
+      float* into[3];
+      for (int k = 0; k < 3; ++k) {
+        into[k] = first == 0 || maps_[k] == nullptr ? maps_[k] : sized(scratch().maps[k], a.count);
+        if (into[k] != nullptr) std::fill_n(into[k], a.count, 0.0f);
+      }
+      a.raw = into[0], a.magnitude = into[1], a.error = into[2];
+      const int64_t end = std::min(first + CHANNELS, x_.channels);
+      for (int64_t row = first; row < end; row += together(row, end)) {
+        const int rows = together(row, end);
+        take(row, rows, a.count, a.x, a.target);
+        for (int r = 0; r < rows; ++r) {
+          a.weight[r] = weights_ != nullptr ? weights_[row + r] : 1.0f;
+          a.error_weight[r] = error_weights_ != nullptr ? error_weights_[row + r] : 1.0f;
+        }
+        a.sums = sums_ != nullptr ? sums_ + row : nullptr;
+        a.ahead = rows * x_.row_bytes();
+        row_kernels().down[type()][rows > 1](a);
+      }
+      for (int k = 0; k < 3 && first > 0; ++k) {
+        for (int64_t p = 0; into[k] != nullptr && p < a.count; ++p) maps_[k][p] += into[k][p];
+      }
+    }
+  }
 
-// One band of `x`, all of whose sums it makes. sums: (C,) sums of the band's pixels, or null.
-void read_band(const Level& x, const Level* target, const Band& band, const Places& places, const Reading& wanted, float* sums) {
-  const int64_t map = places.map[band.level] + band.image * x.pixels + band.first;
-  const int64_t vector = places.vector[band.level] + band.image * x.channels;
-  const RowKernels& rows = row_kernels();
-  const bool mixed = target != nullptr && target->type != x.type;
-  const int type = static_cast<int>(mixed ? Type::fp32 : x.type);
-  const int64_t outer = x.last ? band.pixels : x.channels, count = x.last ? x.channels : band.pixels;
-  // Of the band's first row, in bytes, and from row to row.
-  const auto first = [&](const Level& of) {
-    return of.data + band.image * of.image_bytes() + band.first * (of.last ? of.row_bytes() : bytes_of(of.type));
-  };
-  const char* x_row = first(x);
-  const char* target_row = target != nullptr ? first(*target) : nullptr;
-  float* const raw = wanted.raw != nullptr ? wanted.raw + map : nullptr;
-  float* const magnitude = wanted.magnitude != nullptr ? wanted.magnitude + map : nullptr;
-  float* const error = wanted.error != nullptr ? wanted.error + map : nullptr;
-  const float* const weights = wanted.weights != nullptr ? wanted.weights + vector : nullptr;
-  const float* const error_weights = wanted.error_channel != nullptr ? wanted.error_channel + vector : nullptr;
-  if (x.last) {
-    if (sums != nullptr) std::fill_n(sums, count, 0.0f);
-  } else {
-    for (float* out : {raw, magnitude, error}) {
-      if (out != nullptr) std::fill_n(out, count, 0.0f);
+  // Of a channels_last level, in which a row is the channels of a pixel.
+  void read_pixels() {
+    Across a{};
+    a.count = x_.channels;
+    a.weights = weights_, a.error_weights = error_weights_;
+    a.absolute = absolute_, a.of_magnitudes = of_magnitudes_;
+    a.channel = sums_;
+    a.ahead = AHEAD;
+    if (sums_ != nullptr) std::fill_n(sums_, a.count, 0.0f);
+    for (int64_t row = 0; row < band_.pixels; row += together(row, band_.pixels)) {
+      const int rows = together(row, band_.pixels);
+      take(row, rows, a.count, a.x, a.target);
+      float** const out[] = {&a.raw, &a.magnitude, &a.error};
+      for (int k = 0; k < 3; ++k) *out[k] = maps_[k] != nullptr ? maps_[k] + row : nullptr;
+      row_kernels().across[type()][rows > 1](a);
     }
   }
-  for (int64_t row = 0; row < outer;) {
-    const int together = outer - row >= MOST_ROWS ? MOST_ROWS : 1;
-    const char *xs[MOST_ROWS], *targets[MOST_ROWS];
-    Widened widened;
-    for (int r = 0; r < together; ++r) {
-      xs[r] = x_row + (row + r) * x.row_bytes();
-      targets[r] = target != nullptr ? target_row + (row + r) * target->row_bytes() : nullptr;
-      if (mixed) {
-        xs[r] = widened(xs[r], x.type, count);
-        targets[r] = widened(targets[r], target->type, count);
-      }
+
+  static int together(int64_t row, int64_t end) { return end - row >= MOST_ROWS ? MOST_ROWS : 1; }
+
+  int type() const { return static_cast<int>(mixed_ ? Type::fp32 : x_.type); }
+
+  // Where some rows are, as fp32 where x and its target are of different types.
+  void take(int64_t row, int rows, int64_t count, const char** x, const char** target) const {
+    for (int r = 0; r < rows; ++r) {
+      x[r] = at(x_, row + r, count, r);
+      target[r] = target_ != nullptr ? at(*target_, row + r, count, MOST_ROWS + r) : nullptr;
     }
-    if (x.last) {
-      Across a{{}, {}, count, weights, error_weights, raw ? raw + row : nullptr, magnitude ? magnitude + row : nullptr,
-               error ? error + row : nullptr, sums, wanted.absolute, wanted.sums == ChannelSums::of_magnitudes, AHEAD};
-      std::copy_n(xs, together, a.x);
-      std::copy_n(targets, together, a.target);
-      rows.across[type][together > 1](a);
-    } else {
-      Down a{{}, {}, count, {}, {}, raw, magnitude, error, sums ? sums + row : nullptr, wanted.absolute,
-             wanted.sums == ChannelSums::of_magnitudes, together * x.row_bytes()};
-      for (int r = 0; r < together; ++r) {
-        a.x[r] = xs[r];
-        a.target[r] = targets[r];
-        a.weight[r] = weights ? weights[row + r] : 1.0f;
-        a.error_weight[r] = error_weights ? error_weights[row + r] : 1.0f;
-      }
-      rows.down[type][together > 1](a);
-    }
-    row += together;
   }
-}
+
+  const char* at(const Level& level, int64_t row, int64_t count, int buffer) const {
+    const int64_t first = band_.first * (level.last ? level.row_bytes() : bytes_of(level.type));
+    const char* const place = level.data + band_.image * level.image_bytes() + first + row * level.row_bytes();
+    if (!mixed_) return place;
+    float* const wide = sized(scratch().rows[buffer], count);
+    row_kernels().widen[static_cast<int>(level.type)](place, wide, count);
+    return reinterpret_cast<const char*>(wide);
+  }
+
+  static Scratch& scratch() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+
+  static float* sized(std::vector<float>& buffer, int64_t count) {
+    if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(count);
+    return buffer.data();
+  }
+
+  const Level& x_;
+  const Level* const target_;
+  const Band& band_;
+  // raw, magnitude and error: the band's part of each map, or null.
+  float* maps_[3];
+  const float *weights_, *error_weights_;
+  float* const sums_;
+  bool absolute_, of_magnitudes_;
+  const bool mixed_;
+};
 
 }  // namespace
 
 void reduce(const Pyramid& x, const Reading& wanted, Images images) {
   const Places places(x);
-  const Bands bands(x, PIXELS);
+  const Bands bands(x);
   const bool sums = wanted.sums != ChannelSums::none;
   // Sums of each band, one after the other as the bands are.
   const int64_t first = bands.before(images.first), count = bands.before(images.last) - first;
@@ -99,7 +148,7 @@ void reduce(const Pyramid& x, const Reading& wanted, Images images) {
   for_each(count, [&](int64_t i) {
     const Band band = bands[first + i];
     const Level* target = wanted.target != nullptr ? &(*wanted.target)[band.level] : nullptr;
-    read_band(x[band.level], target, band, places, wanted, sums ? floats(parts) + part_places[i] : nullptr);
+    Reader(x[band.level], target, band, places, wanted, sums ? floats(parts) + part_places[i] : nullptr).read();
   });
   if (!sums) return;
   for_each(images.last - images.first, [&](int64_t i) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../include/pyramid.h"
+#include "isa.h"
 
 namespace kd {
 
@@ -42,7 +43,8 @@ struct Across {
 // One row of a gradient, in fp32:
 //   made = product * by_product * (sgn(x) if absolute else 1) + sgn(x) * (sign + by_sign) + error * by_error * (x - target) + arriving
 // product, sign, error: (count,), null for the neutral 1, 0 and 1;   by_...: the row's own;   has_...: what there is of the sum
-// values: added to, the sum of error * by_error * (x - target)^2 in sixteen lanes; null if not wanted
+// values: (LANES,) added to, the sums of error * by_error * (x - target)^2; null if not wanted
+// ahead, here and above: bytes to what is read next and is asked for meanwhile
 struct Gradient {
   const char *x, *target, *arriving;
   int64_t count;
@@ -62,7 +64,7 @@ struct RowKernels {
   // A row of any type to fp32, and back.
   void (*widen[3])(const char* from, float* to, int64_t count);
   void (*narrow[3])(const float* from, char* to, int64_t count);
-  // memcpy that leaves nothing in the caches.
+  // memcpy past the caches, where the instructions have such a store.
   void (*stream)(char* to, const char* from, int64_t bytes);
 };
 

@@ -22,6 +22,7 @@ KD_INLINE void down_step(const Down& a, int64_t i, int64_t count, Floats* sums) 
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const Floats d = x[r] - load(reinterpret_cast<const T*>(a.target[r]) + i, count);
+      fetch(a.target[r], i * sizeof(T) + a.ahead);
       total += (d * a.error_weight[r]) * d;
     }
     store(a.error + i, total, count);
@@ -72,6 +73,7 @@ KD_INLINE void across_step(const Across& a, int64_t i, int64_t count, Floats* ra
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const Floats d = x[r] - load(reinterpret_cast<const T*>(a.target[r]) + i, count);
+      fetch(a.target[r], i * sizeof(T) + a.ahead);
       error[r] += (d * weights) * d;
     }
   }
@@ -127,7 +129,10 @@ KD_INLINE void gradient_step(const Gradient& a, int64_t i, int64_t count, Floats
     made += slope;
     values += slope * d;
   }
-  if (a.arriving != nullptr) made += load(reinterpret_cast<const T*>(a.arriving) + i, count);
+  if (a.arriving != nullptr) {
+    made += load(reinterpret_cast<const T*>(a.arriving) + i, count);
+    fetch(a.arriving, i * sizeof(T) + a.ahead);
+  }
   store(a.made + i, made, count);
 }
 

@@ -13,7 +13,7 @@
 namespace kd {
 namespace {
 
-// Bytes of student and teacher that stay in a last-level cache between the passes: images are taken in groups of no more, if they fit.
+// Bytes of student and teacher that stay in a last-level cache between the passes: images are taken in groups of no more, larger ones alone.
 constexpr int64_t CACHED = int64_t{16} << 20;
 
 // The operators' arguments besides the options. t: empty without imitations;   factors: (rows, L, N);   the others: packed fp32
@@ -44,7 +44,7 @@ class Terms {
       : operands_(operands),
         options_(options),
         s_(operands.s),
-        t_(operands.t, &s_),
+        t_(operands.t, operands.t.empty() ? nullptr : &s_),
         places_(s_),
         images_(all_images(s_).last),
         weights_(floats(operands.weights, s_.vectors())),
@@ -56,7 +56,7 @@ class Terms {
         factors_(floats(operands.factors, rows() * images_)),
         attention_row_(has_map()),
         imitation_row_(attention_row_ + (attends() ? 2 : 0)) {
-    STD_TORCH_CHECK(options.imitations == 0 || t_.size() == s_.size(), "imitations need a target a level");
+    STD_TORCH_CHECK(options.imitations == 0 || (options.imitations > 0 && t_.size() > 0), "imitations need a target");
     STD_TORCH_CHECK(operands.map_t.has_value() == has_map() && operands.attention_channel.has_value() == attends() &&
                         rows() == imitation_row_ + options.imitations,
                     "operands and scales do not fit");
@@ -77,6 +77,7 @@ class Terms {
 
   // The same of at most one imitation, and the gradients for upstream gradients of 1: the imitation's values come with these.
   std::vector<Tensor> forward_with_gradient() {
+    STD_TORCH_CHECK(options_.imitations <= 1, "values of several imitations do not come with their gradient");
     std::vector<Tensor> results = new_results();
     const Saved saved = saved_of({results.begin() + 1, results.end()});
     Results out(operands_.s, s_);
@@ -114,8 +115,9 @@ class Terms {
 
   Saved saved_of(const std::vector<Tensor>& tensors) const {
     STD_TORCH_CHECK(tensors.size() == 4, "expected four saved tensors");
-    return {floats(tensors[0], has_map() ? s_.maps() : 0), floats(tensors[1], attends() ? s_.maps() : 0),
-            floats(tensors[2], attends() ? s_.vectors() : 0), floats(tensors[3], 3 * images_ * STATE)};
+    const int64_t counts[] = {has_map() ? s_.maps() : 0, attends() ? s_.maps() : 0, attends() ? s_.vectors() : 0, 3 * images_ * STATE};
+    for (int k = 0; k < 4; ++k) floats(tensors[k], counts[k]);
+    return {floats(tensors[0]), floats(tensors[1]), floats(tensors[2]), floats(tensors[3])};
   }
 
   // Runs of images whose features stay in the cache from their read to their write.
@@ -301,7 +303,7 @@ std::vector<Tensor> terms_with_gradient(KD_PARAMETERS) {
 
 std::vector<Tensor> terms_backward(Tensor grad, std::vector<Tensor> saved, std::vector<Tensor> arriving, KD_PARAMETERS) {
   KD_PARSED;
-  const Pyramid added(arriving, &made.s());
+  const Pyramid added(arriving, arriving.empty() ? nullptr : &made.s());
   Results out(s, made.s());
   made.backward(grad, saved, arriving.empty() ? nullptr : &added, out);
   return out.finish();

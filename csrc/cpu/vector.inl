@@ -4,7 +4,6 @@
 namespace kd {
 namespace KD_ISA {
 
-constexpr int64_t LANES = 16;
 constexpr int PARTS = LANES / KD_WIDTH;
 
 #if KD_WIDTH == 1
@@ -258,7 +257,9 @@ KD_INLINE void store(BFloat16* to, const Floats& x) {
 #endif
 }
 
-KD_INLINE void store(Half* to, const Floats& x) {
+// NaN becomes one and the same: how its bits are shortened differs.
+KD_INLINE void store(Half* to, const Floats& given) {
+  const Floats x = where(given == given, given, all(std::numeric_limits<float>::quiet_NaN()));
 #if KD_WIDTH == 16
   _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif KD_WIDTH == 8

@@ -48,6 +48,7 @@ class Pyramid {
   int64_t maps() const;
 
  private:
+  friend class Results;
   std::vector<Tensor> held_;
   std::vector<Level> levels_;
 };
@@ -74,7 +75,7 @@ class Results {
 Tensor new_floats(const std::vector<int64_t>& shape);
 
 // The elements of a packed tensor. Raises unless it is fp32, contiguous and of `count` elements; null where there is none.
-float* floats(const Tensor& x, int64_t count);
+const float* floats(const Tensor& x, int64_t count);
 inline const float* floats(const std::optional<Tensor>& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
 
 // The elements of a tensor that `new_floats` made.
