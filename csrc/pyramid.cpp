@@ -1,5 +1,7 @@
 #include "include/pyramid.h"
 
+#include "cpu/parallel.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -20,15 +22,19 @@ bool same_shape(const Tensor& x, const Tensor& y) {
   return same;
 }
 
-// Large new memory comes page by page as it is first written to, which is slow; large pages are fewer.
-void advise_huge_pages(const Tensor& x) {
+// Large new memory comes page by page as it is first written to, which is slow; huge pages are fewer. They are asked for at once: later
+// all threads would come to the same pages at the same time, and wait for one to be cleared.
+void take_huge_pages(const Tensor& x) {
 #ifdef __linux__
-  if (!x.is_cpu()) return;
   constexpr uintptr_t PAGE = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, end = (begin + x.numel() * x.element_size()) / PAGE * PAGE;
-  // Refused where the system has none: then it is as it was.
-  if (end >= first + 2 * PAGE) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  // Refused where the system has none: then all is as it was.
+  if (end < first + 2 * PAGE || madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE) != 0) return;
+  for_each(static_cast<int64_t>((end - first) / PAGE), [&](int64_t page) {
+    volatile char* const place = reinterpret_cast<volatile char*>(first + page * PAGE);
+    *place = *place;
+  });
 #endif
 }
 
@@ -84,7 +90,7 @@ int64_t Pyramid::maps() const {
 Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
   for (const Tensor& level : x) {
     results_.push_back(torch::stable::empty_like(level));
-    advise_huge_pages(results_.back());
+    if (results_.back().is_cpu()) take_huge_pages(results_.back());
   }
   place(like);
 }

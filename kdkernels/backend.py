@@ -147,6 +147,8 @@ def call(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Any:
     """Runs `primitive` on `args` with autocast off; `tensors` are those that decide about backend and device."""
     implementation = resolve(primitive, tensors, *args)
     device = tensors[0].device.type if len(tensors) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return implementation(*args)
     with torch.autocast(device, enabled=False):
         return implementation(*args)
 
@@ -162,7 +164,7 @@ def _refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequenc
     reason = _refuses_device(name, device)
     if reason:
         return reason
-    if _transformed():
+    if transformed():
         return "torch.func and forward-mode differentiation work on the reference only"
     for x in tensors:
         if x.device != device:
@@ -190,7 +192,7 @@ def _refuses_device(name: str, device: torch.device) -> str:
     return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether the call is within vmap, jvp or another transformation, whose rules the fused operators have not: a tangent would be lost."""
     if torch.compiler.is_compiling():
         return False

@@ -28,10 +28,11 @@ def as_pyramid(name: str, x: Any, optional: bool = False) -> tuple[list[Any], li
     `name` is the argument's name for the errors. With `optional` a level may be None (a level that got no gradient).
     Raises TypeError for anything that is not a pyramid, ValueError for a wrong number of dimensions, an empty level or batches that differ.
     """
-    if isinstance(x, Mapping):
-        names, levels = [str(key) for key in x], list(x.values())
-    elif isinstance(x, Sequence):
+    # Lists first: whether something is a Mapping takes Python long to say.
+    if isinstance(x, (list, tuple)) or (isinstance(x, Sequence) and not isinstance(x, Mapping)):
         names, levels = [str(i) for i in range(len(x))], list(x)
+    elif isinstance(x, Mapping):
+        names, levels = [str(key) for key in x], list(x.values())
     else:
         raise TypeError(f"{name} must be a list, tuple or dict of (N, C, H, W) tensors, one a level; got {type(x).__name__}")
     images: int | None = None
@@ -79,8 +80,8 @@ def check_match(
     for x, y, key in zip(a, b, names_a, strict=True):
         if x is None or y is None:
             continue
-        shape_x, shape_y = (v.shape if isinstance(v, Tensor) else v for v in (x, y))
-        if any([shape_x[i] != shape_y[i] for i in wanted]):
+        shape_x, shape_y = x.shape if isinstance(x, Tensor) else x, y.shape if isinstance(y, Tensor) else y
+        if shape_x != shape_y and any([shape_x[i] != shape_y[i] for i in wanted]):
             hint = ""
             if set(axes) == set("NCHW") and shape_x[0] == shape_y[0] and name_b == "teacher_features":
                 hint = "; features are compared element by element: bring the student to the teacher's shape with an adapter"
@@ -148,7 +149,9 @@ def _adjacent(levels: Sequence[Tensor]) -> bool:
 
 def constant(x: Tensor) -> Tensor:
     """x in fp32 and outside of any graph."""
-    return (x.detach() if x.requires_grad else x).float()
+    # What there is nothing to do for is not worth a call.
+    own = x.detach() if x.requires_grad else x
+    return own if own.dtype == torch.float32 else own.float()
 
 
 def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:

@@ -165,5 +165,5 @@ def test_transformations_work_on_the_reference_and_no_fused_kernel_loses_a_tange
             with pytest.raises(RuntimeError, match="cannot run channel_mean: torch.func and forward-mode differentiation"):
                 call()
     with torch.autograd.forward_ad.dual_level():
-        assert backend._transformed()
-    assert not backend._transformed()
+        assert backend.transformed()
+    assert not backend.transformed()

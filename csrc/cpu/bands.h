@@ -46,7 +46,7 @@ class Bands {
       firsts_.push_back(total);
       pixels_.push_back(x[level].pixels);
       // Long rows where a row is pixels; few where every pixel is one more term of the fp32 sum of a channel.
-      most_.push_back(x[level].last ? 512 : 2048);
+      most_.push_back(x[level].last ? 512 : 1024);
       total += images_ * of_image(level);
     }
     firsts_.push_back(total);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backend import transformed
 from ..ops.box_mask import check_boxes
 from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match
 from ..reference.box_mask import Boxes, is_padded
@@ -118,8 +120,12 @@ class DistillationLoss(nn.Module):
         total = values[0]
         for value in values[1:]:
             total = total + value
-        self._record(list(terms), values)
-        return total if self.reduction == "none" else total.sum()
+        result = total if self.reduction == "none" else total.sum()
+        # The first call makes the flags, so that a graph compiled later finds them.
+        key = (tuple(terms), total.shape[0], total.device)
+        if key not in self._flags or not _known_finite(result):
+            self._record(key, values)
+        return result
 
     def check(self) -> list[NonFinite]:
         """Where values were non-finite since the last call: one entry a term and level, with the lowest image. Synchronises and clears."""
@@ -131,7 +137,7 @@ class DistillationLoss(nn.Module):
             flags.fill_(NOWHERE)
         return found
 
-    def _record(self, names: list[str], values: list[Tensor]) -> None:
+    def _record(self, key: tuple, values: list[Tensor]) -> None:
         with torch.no_grad():
             stacked = torch.stack([v.detach() for v in values]) if len(values) > 1 else values[0].detach()[None]
             if stacked.numel() == 0:
@@ -139,7 +145,6 @@ class DistillationLoss(nn.Module):
             # x - x is 0 for every finite x and NaN for the others: half the launches of isfinite.
             image = torch.arange(stacked.shape[2], dtype=torch.int32, device=stacked.device)
             first = torch.where(stacked - stacked == 0, NOWHERE, image).amin(2)
-            key = (tuple(names), stacked.shape[1], stacked.device)
             if key in self._flags:
                 # In place: a captured CUDA graph reads and writes this very memory at every replay.
                 self._flags[key].clamp_(max=first)
@@ -151,6 +156,13 @@ class DistillationLoss(nn.Module):
                 found = self.check()
                 if found:
                     raise NonFiniteError(found)
+
+
+def _known_finite(result: Tensor) -> bool:
+    """Whether the sum of these is finite, so that all that they are sums of are: asked only where nobody waits for the answer."""
+    if torch.compiler.is_compiling() or type(result) is not Tensor or result.device.type != "cpu" or transformed():
+        return False
+    return math.isfinite(result.detach().sum().item())
 
 
 def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int, int] | None, *options: Any) -> list[Tensor]:
