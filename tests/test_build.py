@@ -20,7 +20,6 @@ from kdkernels import __version__
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-needs_torch = pytest.mark.skipif(torch.__version__ < (2, 11), reason="needs torch 2.11")
 needs_compiler = pytest.mark.skipif(CXX is None or torch.__version__ < (2, 11), reason="needs a C++ compiler and torch 2.11")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
@@ -109,7 +108,7 @@ def test_a_compiler_that_fails_does_not_keep_python_s_part_from_being_installed(
     assert "_C_cpu cannot be built: the compiler failed" in said
 
 
-@needs_torch
+@needs_compiler
 def test_cuda_asked_for_and_not_there_is_an_error(tmp_path: Path) -> None:
     compiler = program(tmp_path / "c++", COMPILES_NOTHING)
     said = build(tmp_path, expect=1, KDKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path), CXX=compiler)
@@ -119,7 +118,7 @@ def test_cuda_asked_for_and_not_there_is_an_error(tmp_path: Path) -> None:
     assert libraries(tmp_path) == ["_C_cpu.abi3.so"]
 
 
-@needs_torch
+@needs_compiler
 def test_a_toolkit_that_cannot_even_start_is_left_out(tmp_path: Path) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
@@ -129,7 +128,7 @@ def test_a_toolkit_that_cannot_even_start_is_left_out(tmp_path: Path) -> None:
     assert "left out kdkernels._C_cuda: OSError: " in said and libraries(tmp_path) == ["_C_cpu.abi3.so"]
 
 
-@needs_torch
+@needs_compiler
 @pytest.mark.parametrize(
     ("chosen", "options"),
     [
@@ -152,7 +151,7 @@ def test_nvcc_is_asked_for_the_gpus_that_it_knows_or_that_are_listed(chosen: str
         assert libraries(tmp_path) == ["_C_cpu.abi3.so", "_C_cuda.abi3.so"]
 
 
-@needs_torch
+@needs_compiler
 def test_a_library_that_is_no_longer_built_goes(tmp_path: Path) -> None:
     build(tmp_path, KDKERNELS_BUILD="cpu", CXX=program(tmp_path / "c++", COMPILES_NOTHING))
     before = libraries(tmp_path)
@@ -221,7 +220,7 @@ def is_stable(name: str) -> bool:
 
 
 @needs_compiler
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, which comes with a compiler")
 def test_the_library_wants_nothing_of_torch_but_its_stable_abi(native_wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(native_wheel) as archive:
         library = Path(archive.extract("kdkernels/_C_cpu.abi3.so", tmp_path))

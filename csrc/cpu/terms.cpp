@@ -13,7 +13,8 @@
 namespace kd {
 namespace {
 
-// Bytes of student and teacher that stay in a last-level cache between the passes: images are taken in groups of no more, larger ones alone.
+// Bytes of student and teacher that stay in a last-level cache between the passes: images are taken in groups of no more, larger ones
+// alone.
 constexpr int64_t CACHED = int64_t{16} << 20;
 
 // The operators' arguments besides the options. t: empty without imitations;   factors: (rows, L, N);   the others: packed fp32
