@@ -218,7 +218,7 @@ def test_a_version_against_itself_is_the_same(package: Path, capsys: pytest.Capt
     """With a threshold that a busy machine's noise does not reach; where it does, further rounds decide."""
     monkeypatch.setattr(statistics, "FIRST", 4)
     large = ["--entry", "feature_imitation", "--case", "kitti", "--batch", "1", "--channels", "64", "--mode", "forward", "--device", "cpu"]
-    options = ["--provider", "reference", "--max-rounds", "12", "--threshold", "40", "--json", "out.json"]
+    options = ["--provider", "reference", "--max-rounds", "11", "--threshold", "40", "--json", "out.json"]
     code = cli.main(["compare", "HEAD", "HEAD", *large, *options])
     printed = capsys.readouterr()
     assert code == 0 and "1 same" in printed.out, printed
