@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import pytest
 import torch
+from toolchain import needs_compiler
 from torch import Tensor
 
 from kdkernels import native
 
-needs_library = pytest.mark.skipif(bool(native.library().reason), reason=native.library().reason or "the compiled library is there")
+#: Where a compiler is there the library has to be: then its tests fail without it.
+needs_library = needs_compiler
 #: Relative error of gradients of the type, against float64.
 GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 #: Relative error of fp32 values, against float64.

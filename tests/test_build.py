@@ -14,14 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from toolchain import needs_compiler, needs_nvcc
 
 from kdkernels import __version__
 
 ROOT = Path(__file__).parent.parent
-CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-needs_compiler = pytest.mark.skipif(CXX is None or torch.__version__ < (2, 11), reason="needs a C++ compiler and torch 2.11")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
 def setup(*words: object, expect: int = 0, **environment: str) -> str:
@@ -183,6 +180,7 @@ def test_the_wheel_works_away_from_the_checkout(native_wheel: Path, tmp_path: Pa
     code = """
 import sys
 import torch
+from toolchain import needs_compiler, needs_nvcc
 import kdkernels
 print(kdkernels.__file__)
 print(kdkernels.backend_info()["native"])
@@ -220,7 +218,6 @@ def is_stable(name: str) -> bool:
 
 
 @needs_compiler
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, which comes with a compiler")
 def test_the_library_wants_nothing_of_torch_but_its_stable_abi(native_wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(native_wheel) as archive:
         library = Path(archive.extract("kdkernels/_C_cpu.abi3.so", tmp_path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import subprocess
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,12 +13,10 @@ import pytest
 import torch
 from cli import kdkernels as command
 from test_import import run
+from toolchain import CXX, needs_compiler
 
 import kdkernels
 from kdkernels import backend, functional, native
-
-needs_library = pytest.mark.skipif(native.library().file is None, reason=f"needs a C++ compiler: {native.library().reason}")
-needs_c = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +52,10 @@ def test_build_info_that_cannot_be_read_is_none(tmp_path, text):
     assert native.build_info(tmp_path) == {}
 
 
-@needs_c
+@needs_compiler
 def test_a_library_of_somebody_else_is_not_used(tmp_path, monkeypatch):
-    (tmp_path / "library.c").write_text("int nothing;\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "_C_cpu.abi3.so", tmp_path / "library.c"], check=True)
+    (tmp_path / "library.cpp").write_text("int nothing;\n")
+    subprocess.run([CXX, "-shared", "-fPIC", "-o", tmp_path / "_C_cpu.abi3.so", tmp_path / "library.cpp"], check=True)
     monkeypatch.setattr(torch.ops, "kdkernels_native", torch._ops._OpNamespace("kdkernels_of_nobody"))
     assert native.load("cpu", tmp_path).reason == "_C_cpu.abi3.so: it has not the operators of kdkernels"
 
@@ -69,11 +66,11 @@ def test_a_library_is_found_by_every_suffix_of_an_extension_module(tmp_path, suf
     assert native.load("cpu", tmp_path).file == tmp_path / f"_C_cpu{suffix}"
 
 
-@needs_c
+@needs_compiler
 def test_a_library_with_an_undefined_symbol_names_it(tmp_path, monkeypatch):
-    source = tmp_path / "library.c"
+    source = tmp_path / "library.cpp"
     source.write_text("int not_in_this_torch(void);\nint call(void) { return not_in_this_torch(); }\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "_C_cpu.abi3.so", source], check=True)
+    subprocess.run([CXX, "-shared", "-fPIC", "-o", tmp_path / "_C_cpu.abi3.so", source], check=True)
     monkeypatch.setattr(torch.ops, "kdkernels_native", torch._ops._OpNamespace("kdkernels_of_nobody"))
     reason = native.load("cpu", tmp_path).reason
     assert reason.startswith("_C_cpu.abi3.so: ") and "not_in_this_torch" in reason
@@ -130,7 +127,7 @@ def test_a_library_that_does_not_fit_raises_where_native_is_named(tmp_path, monk
     assert not info["available"] and not info["active"] and info["reason"] == native.library().reason
 
 
-@pytest.mark.parametrize("fits", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("fits", [pytest.param(True, marks=needs_compiler), False])
 def test_the_choice_is_traced_with_and_without_a_library(tmp_path, fits):
     if not fits:
         native._loaded["cpu"] = garbage(tmp_path, version="0.0.9")
@@ -148,7 +145,7 @@ def offered(name: str):
     return backend._implementations[name]["channel_mean"].function
 
 
-@needs_library
+@needs_compiler
 def test_native_says_what_it_cannot_do_and_auto_takes_the_reference_for_it():
     doubles = [torch.ones(1, 1, 1, 1, dtype=torch.float64)]
     elsewhere = [torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1, device="meta")]
@@ -164,7 +161,7 @@ def test_native_says_what_it_cannot_do_and_auto_takes_the_reference_for_it():
     assert functional.channel_mean([]) == []
 
 
-@needs_library
+@needs_compiler
 def test_every_operator_has_the_same_schema_in_the_library():
     names = torch._C._dispatch_get_all_op_names()
     operators = {name.partition("::")[2] for name in names if name.startswith("kdkernels::")}
@@ -177,7 +174,7 @@ def test_every_operator_has_the_same_schema_in_the_library():
         assert theirs == wanted
 
 
-@needs_library
+@needs_compiler
 @pytest.mark.parametrize("name", ["channel_mean", "of_tomorrow"])
 def test_a_library_of_other_sources_is_put_out_of_use(name):
     native.expect("channel_mean", "(Tensor[] x, bool absolute) -> Tensor")
@@ -188,7 +185,7 @@ def test_a_library_of_other_sources_is_put_out_of_use(name):
     assert name in native.library().reason
 
 
-@needs_library
+@needs_compiler
 @pytest.mark.parametrize("instructions", ["scalar", "sse9"])
 def test_the_environment_chooses_the_instructions(instructions):
     code = """
@@ -202,7 +199,7 @@ print(kdkernels.backend_info()["native"]["reason"] or kdkernels.native.capabilit
     assert instructions in told
 
 
-@needs_library
+@needs_compiler
 def test_the_environment_can_name_native():
     code = """
 import torch, kdkernels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import subprocess
 from functools import cache
 
@@ -13,10 +12,7 @@ from native_support import needs_library
 
 from kdkernels import native
 
-pytestmark = [
-    needs_library,
-    pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, which comes with a C++ compiler"),
-]
+pytestmark = needs_library
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 #: Namespaces of kernels, and what some of them must show. Other processors have one set.
 KERNELS: dict[str, set[str]] = {"scalar": set(), **({"avx2": {"vex", "ymm"}, "avx512": {"vex", "zmm"}} if X86 else {})}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,7 +108,6 @@ def test_sizes_that_are_all_unknown_compile_once() -> None:
             assert is_equal(with_gradients(run, given), want)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_a_loss_and_its_gradient() -> None:
     program, given = programs()["gkd"], arguments(2, "cpu")
     want = with_gradients(program, given)

@@ -1,0 +1,14 @@
+"""What tests compile with, and the marks that skip them where it is missing. A compiler that is there has to have built the library."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+#: torch before 2.11 has not the headers that the library is compiled with.
+needs_compiler = pytest.mark.skipif(CXX is None or torch.__version__ < (2, 11), reason="needs a C++ compiler and the headers of torch 2.11")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
