@@ -180,7 +180,6 @@ def test_the_wheel_works_away_from_the_checkout(native_wheel: Path, tmp_path: Pa
     code = """
 import sys
 import torch
-from toolchain import needs_compiler, needs_nvcc
 import kdkernels
 print(kdkernels.__file__)
 print(kdkernels.backend_info()["native"])
