@@ -98,8 +98,9 @@ Results::Results(const std::vector<Tensor>& x, const Pyramid& like) {
 Results Results::again(std::vector<Tensor> results, const Pyramid& like) {
   STD_TORCH_CHECK(results.size() == like.size(), "expected as many levels as there are of the student, got ", results.size());
   for (size_t i = 0; i < results.size(); ++i) {
-    STD_TORCH_CHECK(same_shape(results[i], like.held_[i]) && type_of(results[i]) == like[i].type && results[i].is_cpu(),
-                    "level ", i, ": a result of another shape or type than the student's");
+    STD_TORCH_CHECK(same_shape(results[i], like.held_[i]) && type_of(results[i]) == like[i].type &&
+                        results[i].device() == like.held_[i].device(),
+                    "level ", i, ": a result of another shape, type or device than the student's");
   }
   Results made;
   made.results_ = std::move(results);

@@ -1,15 +1,67 @@
-// What every launch needs: the device and stream of the tensors, and the levels as an argument that kernels take by value.
+// Launches: the thread that a kernel's functor runs in, and the device and stream that a launch goes to. In the tests' emulator the same
+// names stand for the CPU.
 #pragma once
+
+#include "../include/pyramid.h"
+#include "device.h"
+
+#ifdef __CUDACC__
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
-
-#include "../include/pyramid.h"
+// The operators of a file: what csrc/ops.cpp declares, for CUDA.
+#define KD_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m)
 
 namespace kd {
+
+// A thread of a kernel.
+class Thread {
+ public:
+  __device__ int index() const { return static_cast<int>(threadIdx.x); }
+  __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ int64_t block() const { return blockIdx.x; }
+  __device__ int64_t blocks() const { return gridDim.x; }
+
+  // Wait for the threads of the block.
+  __device__ void sync() { __syncthreads(); }
+
+  // What the thread whose lane differs by `mask`, or is `by` less, passes at the same call; all threads of the warp take part. For the first
+  // `by` lanes of `up`: their own.
+  template <class T>
+  __device__ T across(T x, int mask) {
+    return __shfl_xor_sync(~0u, x, mask);
+  }
+  template <class T>
+  __device__ T up(T x, int by) {
+    return __shfl_up_sync(~0u, x, by);
+  }
+
+  // Counters in global memory that several blocks of a launch go by. What a thread wrote before `add` is seen by those that found the sum
+  // by `add` or `read`.
+  __device__ int add(int* counter, int x) {
+    __threadfence();
+    const int before = atomicAdd(counter, x);
+    __threadfence();
+    return before;
+  }
+  __device__ int read(const int* counter) {
+    const int found = *static_cast<const volatile int*>(counter);
+    __threadfence();
+    return found;
+  }
+  // While another block is waited for.
+  __device__ void pause() { __nanosleep(64); }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident) run(const __grid_constant__ Kernel kernel) {
+  __shared__ typename Kernel::Shared shared;
+  Thread me;
+  kernel(me, shared);
+}
 
 // Makes the tensor's device the current one for as long as this lives, and knows its current stream.
 class OnDeviceOf {
@@ -19,27 +71,61 @@ class OnDeviceOf {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  cudaStream_t stream() const { return stream_; }
+
+  // So many blocks of a kernel; none of none.
+  template <class Kernel>
+  void launch(const Kernel& kernel, int64_t blocks) const {
+    if (blocks == 0) return;
+    run<<<blocks_of(blocks), Kernel::kThreads, 0, stream_>>>(kernel);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // As many blocks as run at the same time, but no more than `most`.
+  template <class Kernel>
+  void launch_together(Kernel kernel, int64_t most) const {
+    int device = 0, processors = 0, resident = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, run<Kernel>, Kernel::kThreads, 0));
+    void* arguments[] = {&kernel};
+    const int64_t blocks = std::min<int64_t>(most, int64_t{processors} * resident);
+    STD_CUDA_CHECK(cudaLaunchCooperativeKernel(run<Kernel>, blocks_of(blocks), Kernel::kThreads, arguments, 0, stream_));
+  }
 
  private:
+  static dim3 blocks_of(int64_t count) {
+    STD_TORCH_CHECK(count < int64_t{1} << 31, "a pass over so many elements takes more blocks than a launch can have: ", count);
+    return dim3(static_cast<unsigned>(count));
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
+
+}  // namespace kd
+
+#else
+
+#include "emulator.h"
+
+#endif
+
+namespace kd {
 
 // An uninitialised fp32 tensor of this shape on x's device.
 inline Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(x, shape, torch::headeronly::ScalarType::Float);
 }
 
-// The elements of a packed tensor on x's device. Raises unless it is fp32, contiguous and of `count` elements.
-inline float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
+// The elements of a packed tensor on x's device, null where there is none. Raise unless it is fp32, contiguous and of `count` elements.
+inline const float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
   STD_TORCH_CHECK(packed.device() == x.device() && packed.scalar_type() == torch::headeronly::ScalarType::Float &&
                       packed.is_contiguous() && packed.numel() == count,
                   "expected ", count, " contiguous fp32 elements on the device of the levels");
-  return floats(packed);
+  return static_cast<const float*>(packed.const_data_ptr());
 }
-
-// A grid's extent in x for `count` blocks' work; kernels go round where it is less than the count.
-inline unsigned grid_of(int64_t count) { return static_cast<unsigned>(std::min<int64_t>(count, 1 << 20)); }
+inline const float* floats_beside(const Tensor& x, const std::optional<Tensor>& packed, int64_t count) {
+  return packed ? floats_beside(x, *packed, count) : nullptr;
+}
 
 }  // namespace kd

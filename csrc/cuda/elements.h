@@ -1,0 +1,307 @@
+// Rows of fp32, fp16 or bf16 in vectors of 16 bytes, whatever address a row begins at: a thread's elements come from the aligned 16 bytes
+// around them, and go to them together with those of the neighbouring thread.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../include/pyramid.h"
+#include "device.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace kd {
+
+using Half = c10::Half;
+using BFloat16 = c10::BFloat16;
+
+// Elements whose type is known when the kernel runs, level by level.
+struct Any {};
+
+// Elements that a thread takes of a row at a time: 16 bytes, 32 of fp32 that may lie beside 16-bit elements.
+template <class X>
+constexpr int kWidth = sizeof(X) == 4 ? 4 : 8;
+
+// Elements that a warp takes of a row at a time.
+template <class X>
+constexpr int kSpan = kWarp * kWidth<X>;
+
+struct alignas(16) Bits {
+  uint32_t word[4];
+};
+
+#ifndef __CUDACC__
+// The emulator counts what kernels move.
+void count_read(int64_t bytes);
+void count_written(int64_t bytes);
+#endif
+
+KD_DEVICE Bits load_bits(const char* at) {
+#ifdef __CUDACC__
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+  return {{bits.x, bits.y, bits.z, bits.w}};
+#else
+  Bits bits;
+  memcpy(&bits, at, sizeof(bits));
+  count_read(sizeof(bits));
+  return bits;
+#endif
+}
+
+// Past the caches as far as they go: nobody reads it soon.
+KD_DEVICE void store_bits(char* at, Bits bits) {
+#ifdef __CUDACC__
+  __stcs(reinterpret_cast<uint4*>(at), make_uint4(bits.word[0], bits.word[1], bits.word[2], bits.word[3]));
+#else
+  memcpy(at, &bits, sizeof(bits));
+  count_written(sizeof(bits));
+#endif
+}
+
+// Where a pointer lies within its 16 bytes.
+KD_BOTH int misalignment(const void* at) { return static_cast<int>(reinterpret_cast<uintptr_t>(at) % 16); }
+
+// The 32 bits that begin `shift` bits, less than 32, within the first of two words.
+KD_BOTH uint32_t funnel(uint32_t first, uint32_t second, int shift) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_r(first, second, shift);
+#else
+  return static_cast<uint32_t>(((static_cast<uint64_t>(second) << 32) | first) >> shift);
+#endif
+}
+
+// words[0..kKept) becomes words[bytes / 4 ...] with the bytes in place. bytes: 0 to 15, even; without an index that only the run knows, for
+// which the words would have to lie in memory.
+template <int kKept, int kCount>
+KD_BOTH void shift_down(uint32_t (&words)[kCount], int bytes) {
+  static_assert(kCount >= kKept + 4, "a shift may take four words");
+  KD_UNROLL
+  for (int i = 0; i < kCount - 2; ++i) words[i] = (bytes & 8) != 0 ? words[i + 2] : words[i];
+  KD_UNROLL
+  for (int i = 0; i < kKept + 1; ++i) words[i] = (bytes & 4) != 0 ? words[i + 1] : words[i];
+  KD_UNROLL
+  for (int i = 0; i < kKept; ++i) words[i] = funnel(words[i], words[i + 1], (bytes & 3) * 8);
+}
+
+KD_BOTH float half_to_float(uint16_t bits) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(bits));
+#else
+  return static_cast<float>(Half(bits, Half::from_bits()));
+#endif
+}
+
+KD_BOTH uint16_t float_to_half(float x) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  return Half(x).x;
+#endif
+}
+
+KD_BOTH uint16_t float_to_bfloat16(float x) {
+#ifdef __CUDA_ARCH__
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  return BFloat16(x).x;
+#endif
+}
+
+// How elements of a type lie in words.
+template <class X>
+struct Codec;
+
+template <>
+struct Codec<float> {
+  static constexpr int kBytes = 4;
+  KD_BOTH static float wide(const uint32_t* words, int i) { return bits_as<float>(words[i]); }
+  KD_BOTH static uint32_t narrow(const float* x, int word) { return bits_as<uint32_t>(x[word]); }
+};
+
+template <>
+struct Codec<Half> {
+  static constexpr int kBytes = 2;
+  KD_BOTH static float wide(const uint32_t* words, int i) { return half_to_float(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))); }
+  KD_BOTH static uint32_t narrow(const float* x, int word) {
+    return float_to_half(x[2 * word]) | static_cast<uint32_t>(float_to_half(x[2 * word + 1])) << 16;
+  }
+};
+
+template <>
+struct Codec<BFloat16> {
+  static constexpr int kBytes = 2;
+  KD_BOTH static float wide(const uint32_t* words, int i) {
+    return bits_as<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  }
+  KD_BOTH static uint32_t narrow(const float* x, int word) {
+    return float_to_bfloat16(x[2 * word]) | static_cast<uint32_t>(float_to_bfloat16(x[2 * word + 1])) << 16;
+  }
+};
+
+// The memory of a level, from `begin` to `end`, which a vector must not leave; a row's vectors are aligned or not.
+struct Memory {
+  const char *begin, *end;
+  Type type;
+  bool aligned;
+};
+
+// A thread's elements as they lie in memory, of the widest type that they may have.
+template <class X>
+struct Packed {
+  static constexpr int kWords = kWidth<X> * (sizeof(X) == 2 ? 2 : 4) / 4;
+  uint32_t word[kWords];
+};
+
+// The words of kCount elements at `at`, 0 where there are none. left: elements of the row from `at` on, which may be none or less
+template <class X, int kCount>
+KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t* into) {
+  constexpr int kBytes = Codec<X>::kBytes, kPerWord = 4 / kBytes, kWords = kCount / kPerWord, kVectors = kWords / 4;
+  if (left <= 0) {
+    KD_UNROLL
+    for (int i = 0; i < kWords; ++i) into[i] = 0;
+    return;
+  }
+  if (memory.aligned) {
+    KD_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Bits bits = load_bits(at + 16 * v);
+      KD_UNROLL
+      for (int k = 0; k < 4; ++k) into[4 * v + k] = bits.word[k];
+    }
+    return;
+  }
+  const char* from = at - misalignment(at);
+  if (from >= memory.begin && from + 16 * (kVectors + 1) <= memory.end) {
+    uint32_t words[kWords + 4];
+    KD_UNROLL
+    for (int v = 0; v < kVectors + 1; ++v) {
+      const Bits bits = load_bits(from + 16 * v);
+      KD_UNROLL
+      for (int k = 0; k < 4; ++k) words[4 * v + k] = bits.word[k];
+    }
+    shift_down<kWords>(words, misalignment(at));
+    const uint32_t half = kBytes == 2 ? 0xffffu : 0;
+    KD_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+      into[i] = words[i] & (kPerWord * (i + 1) <= left ? ~0u : kPerWord * i < left ? half : 0);
+    }
+    return;
+  }
+  KD_UNROLL
+  for (int i = 0; i < kWords; ++i) {
+    into[i] = 0;
+    KD_UNROLL
+    for (int k = 0; k < kPerWord; ++k) {
+      if (i * kPerWord + k >= left) continue;
+      if (kBytes == 4) {
+        into[i] = *reinterpret_cast<const uint32_t*>(at + 4 * i);
+      } else {
+        into[i] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(at + 4 * i + 2 * k)) << (16 * k);
+      }
+    }
+  }
+}
+
+// Stores a thread's elements; all threads of the warp take part, each with the elements that follow those of the one before it.
+template <class X, class Me, int kCount>
+KD_DEVICE void store(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
+  using C = Codec<X>;
+  constexpr int kVectors = kCount * C::kBytes / 16, kPerVector = 16 / C::kBytes;
+  // The last words of the thread before, and this one's.
+  uint32_t words[4 * kVectors + 8];
+  KD_UNROLL
+  for (int i = 0; i < 4 * kVectors; ++i) words[4 + i] = C::narrow(x, i);
+  if (memory.aligned) {
+    if (left <= 0) return;
+    KD_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      store_bits(at + 16 * v, {{words[4 * v + 4], words[4 * v + 5], words[4 * v + 6], words[4 * v + 7]}});
+    }
+    return;
+  }
+  KD_UNROLL
+  for (int k = 0; k < 4; ++k) words[k] = me.up(words[4 * kVectors + k], 1);
+  KD_UNROLL
+  for (int k = 0; k < 4; ++k) words[4 * kVectors + 4 + k] = 0;
+  const int bytes = misalignment(at), before = bytes / C::kBytes;
+  // From here on `words` begins with the aligned 16 bytes that `at` lies in; the last vector goes on with the thread behind.
+  if (bytes != 0) {
+    const int shift = 16 - bytes;
+    shift_down<4 * kVectors + 4>(words, shift);
+  } else {
+    KD_UNROLL
+    for (int k = 0; k < 4 * kVectors; ++k) words[k] = words[k + 4];
+  }
+  const int64_t first = me.lane() == 0 ? 0 : -before;
+  // The thread behind stores what the last vector shares with it, but for the last thread's.
+  const int vectors = kVectors + (me.lane() == kWarp - 1 && bytes != 0 ? 1 : 0);
+  KD_UNROLL
+  for (int v = 0; v < kVectors + 1; ++v) {
+    if (v >= vectors) continue;
+    const int64_t begin = v * kPerVector - before, end = begin + kPerVector;
+    char* const to = at - bytes + 16 * v;
+    if (begin >= first && end <= left && end <= kCount) {
+      store_bits(to, {{words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]}});
+      continue;
+    }
+    KD_UNROLL
+    for (int i = 0; i < kPerVector; ++i) {
+      if (begin + i < first || begin + i >= left || begin + i >= kCount) continue;
+      if (C::kBytes == 4) {
+        *reinterpret_cast<uint32_t*>(to + 4 * i) = words[4 * v + i];
+      } else {
+        *reinterpret_cast<uint16_t*>(to + 2 * i) = static_cast<uint16_t>(words[4 * v + i / 2] >> (16 * (i % 2)));
+      }
+    }
+  }
+}
+
+template <class X, int kCount>
+KD_DEVICE void widen(const uint32_t* words, float (&x)[kCount]) {
+  KD_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = Codec<X>::wide(words, i);
+}
+
+// Rows of X, or of the type that the level has.
+template <class X>
+struct Elements {
+  static constexpr int kCount = kWidth<X>;
+
+  KD_DEVICE static int64_t bytes(const Memory&) { return sizeof(X); }
+  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Packed<X>& packed) {
+    load<X, kCount>(memory, at, left, packed.word);
+  }
+  KD_DEVICE static void unpack(const Memory&, const Packed<X>& packed, float (&x)[kCount]) { widen<X>(packed.word, x); }
+  template <class Me>
+  KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
+    store<X>(me, memory, at, left, x);
+  }
+};
+
+template <>
+struct Elements<Any> {
+  static constexpr int kCount = kWidth<Any>;
+
+  KD_DEVICE static int64_t bytes(const Memory& memory) { return memory.type == Type::fp32 ? 4 : 2; }
+  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Packed<Any>& packed) {
+    if (memory.type == Type::fp32) return load<float, kCount>(memory, at, left, packed.word);
+    // Of either 16-bit type, whose bits are the same to a load.
+    load<Half, kCount>(memory, at, left, packed.word);
+  }
+  KD_DEVICE static void unpack(const Memory& memory, const Packed<Any>& packed, float (&x)[kCount]) {
+    if (memory.type == Type::fp32) return widen<float>(packed.word, x);
+    if (memory.type == Type::fp16) return widen<Half>(packed.word, x);
+    widen<BFloat16>(packed.word, x);
+  }
+  template <class Me>
+  KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
+    if (memory.type == Type::fp32) return store<float>(me, memory, at, left, x);
+    if (memory.type == Type::fp16) return store<Half>(me, memory, at, left, x);
+    store<BFloat16>(me, memory, at, left, x);
+  }
+};
+
+}  // namespace kd

@@ -1,0 +1,109 @@
+"""The CUDA kernels on a CPU: csrc/cuda compiled with tests/emulator by a C++ compiler, as operators `torch.ops.kdkernels_emulated`.
+
+Built once, in build/emulator, and again where a source or a flag has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import torch
+from native_support import poisoned
+from toolchain import CXX
+
+from kdkernels import library
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build" / "emulator"
+NAME = "kdkernels_emulated"
+TORCH = Path(torch.__file__).parent
+FLAGS = [
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"),
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DKD_LIBRARY={NAME}"),
+    # pybind11 first: torch brings one of its own, which refuses what keeps to the stable ABI.
+    *(f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"),
+    *(f"-I{ROOT / 'tests' / 'emulator'}", f"-isystem{TORCH / 'include'}"),
+]
+
+
+def sources() -> list[Path]:
+    cuda, own = sorted((ROOT / "csrc" / "cuda").glob("*.cu")), sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
+    common = [ROOT / "csrc" / f"{name}.cpp" for name in ("map_options", "ops", "pyramid")]
+    return [*common, *cuda, *own]
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The emulator, compiled where it has to be. Raises RuntimeError with the compiler's output."""
+    assert CXX is not None
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "tests" / "emulator").glob("*.h")]
+    common = hashlib.sha1("\n".join([CXX, torch.__version__, *FLAGS, *(f.read_text() for f in sorted(headers))]).encode())
+
+    def compiled(source: Path) -> Path:
+        key = common.copy()
+        key.update(source.read_bytes())
+        target = FOLDER / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not target.is_file():
+            # In one step, so that a broken build leaves no half of a file.
+            partial = target.with_suffix(f".{os.getpid()}")
+            _run([CXX, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(partial)])
+            partial.replace(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources()))
+    name = hashlib.sha1("".join(path.name for path in objects).encode()).hexdigest()[:16]
+    file = FOLDER / name / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        _run([CXX, "-shared", *map(str, objects), f"-L{TORCH / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}", "-o", str(partial)])
+        partial.replace(file)
+    spec = importlib.util.spec_from_file_location(NAME, file)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@contextmanager
+def emulated(seed: int = 0, processors: int = 3) -> Iterator[ModuleType]:
+    """Within it the backend "native" runs the CUDA kernels, for tensors on the CPU, on poisoned memory.
+
+    seed: the order of threads and blocks: as numbered, 1 backwards, others at random;   processors: blocks of a cooperative launch
+    """
+    emulator = module()
+    emulator.set_machine(seed, processors)
+    before = library._kernel
+
+    def kernel(backend: str, primitive: str, name: str) -> Any:
+        return getattr(torch.ops.kdkernels_emulated, name).default if backend == "native" else before(backend, primitive, name)
+
+    library._kernel = kernel  # type: ignore[assignment]
+    try:
+        with poisoned():
+            yield emulator
+    finally:
+        library._kernel = before
+        emulator.set_machine()
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
