@@ -337,8 +337,8 @@ LIBRARIES = [
     ),
     Extension(
         "kdkernels._C_cuda",
-        sources("pyramid.cpp", "cuda/*.cu"),
-        depends=sources("include/*.h", "cuda/*.h"),
+        sources("map_options.cpp", "pyramid.cpp", "terms.cpp", "cuda/*.cu"),
+        depends=sources("include/*.h", "cuda/*.h", "cpu/parallel.h"),
         py_limited_api=True,
     ),
 ]

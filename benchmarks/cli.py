@@ -17,7 +17,9 @@ COMMANDS = {
     "scaling": (".scaling", "the cost by number of images and by their size, all sizes in turns"),
     "step": (".steps.run", "whole training steps of real detectors"),
     "tune": (".tune.run", "launch parameters of the Triton kernels for the GPU that is there"),
+    "choose": (".choose.run", "which backend is fastest for each primitive on the GPU that is there"),
     "codegen": (".codegen.run", "what the compiler makes of the Triton kernels, without a GPU"),
+    "native-codegen": (".codegen.native.run", "what nvcc has made of the native library's CUDA kernels, without a GPU"),
     "list": (".listing", "entries, cases and providers, and why one cannot run here"),
 }
 RUN = (".run", "Time every provider on entries and cases; a provider whose results are wrong gets no time.")

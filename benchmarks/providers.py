@@ -23,19 +23,27 @@ _OPEN: list[str] = []
 class Provider:
     """One way of computing every entry.
 
-    name:     as given to --provider
-    function: entry -> the function of the entry's inputs that is measured; made anew each time, so that nothing is compiled twice
-    backend:  of kdkernels, to be chosen while the function runs; None for the baselines
+    name:      as given to --provider
+    function:  entry -> the function of the entry's inputs that is measured; made anew each time, so that nothing is compiled twice
+    backend:   of kdkernels, to be chosen while the function runs; None for the baselines
+    primitive: the only one that the backend is chosen for, the others having that of `auto`; None for all
     """
 
     name: str
     function: Callable[[Entry], Function]
     backend: str | None = None
+    primitive: str | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it the provider's backend is the chosen one, and torch.compile cannot fall back to eager in silence."""
-        if self.backend is not None:
+        if self.backend is not None and self.primitive is not None:
+            # Not above: `compare` measures versions of kdkernels that have no such function.
+            from kdkernels.backend import assigned
+
+            with _chosen("auto"), assigned(self.primitive, self.backend):
+                yield
+        elif self.backend is not None:
             with _chosen(self.backend):
                 yield
         elif self.name.startswith("compile"):
@@ -69,15 +77,18 @@ def absent(provider: Provider, device: torch.device) -> str:
         info = backend_info()[provider.backend]
         if provider.backend == "triton" and device.type != "cuda":
             return str(info["reason"]) or "its kernels would be interpreted, whose time says nothing"
-        if provider.backend == "native" and info["available"] and not _compiled_for(device):
-            return f"the compiled library has no kernels for {device.type}"
+        if provider.backend == "native" and info["available"]:
+            return _refuses(device)
         return "" if info["available"] else str(info["reason"])
     return ""
 
 
-def _compiled_for(device: torch.device) -> bool:
-    """Whether the compiled library that is loaded has what all methods need on this device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_native::terms", device.type.upper())
+def _refuses(device: torch.device) -> str:
+    """Why the compiled libraries have no kernels for this device; "" when they have. Loads what is wanted for it."""
+    # Not above: `compare` measures versions of kdkernels that have no such module.
+    from kdkernels import native
+
+    return native.library(device.type).reason if device.type in native.KINDS else f"there are no compiled kernels for {device.type}"
 
 
 @contextmanager

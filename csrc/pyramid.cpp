@@ -63,7 +63,7 @@ Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
   held_.reserve(x.size());
   levels_.reserve(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == x[0].device() && x[i].size(0) == x[0].size(0) && x[i].size(1) > 0 &&
+    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == (like == nullptr ? x : like->held_)[0].device() && x[i].size(0) == x[0].size(0) && x[i].size(1) > 0 &&
                         x[i].size(2) > 0 && x[i].size(3) > 0,
                     "level ", i, ": expected (N, C, H, W), one N for all, on one device, and no empty level");
     STD_TORCH_CHECK(like == nullptr || same_shape(x[i], like->held_[i]), "level ", i, ": another shape than the student's");
@@ -105,6 +105,9 @@ Results Results::again(std::vector<Tensor> results, const Pyramid& like) {
   Results made;
   made.results_ = std::move(results);
   made.place(like);
+  for (size_t i = 0; i < made.results_.size(); ++i) {
+    if (made.written_[i].get() != made.results_[i].get()) torch::stable::copy_(made.written_[i], made.results_[i]);
+  }
   return made;
 }
 
@@ -130,6 +133,13 @@ const float* floats(const Tensor& x, int64_t count) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count,
                   "expected ", count, " contiguous float32 elements on the CPU, got ", x.numel(), " of ", toString(x.scalar_type()));
   return static_cast<const float*>(x.const_data_ptr());
+}
+
+const float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
+  STD_TORCH_CHECK(packed.device() == x.device() && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+                      packed.numel() == count,
+                  "expected ", count, " contiguous float32 elements on the device of the levels");
+  return static_cast<const float*>(packed.const_data_ptr());
 }
 
 Tensor new_floats(const std::vector<int64_t>& shape) { return torch::stable::empty(shape, ScalarType::Float); }

@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native
+from . import choice, native
 
 BACKENDS = ("auto", "reference", "triton", "native")
 #: Pixels of a map, from which on the Triton kernels do not take it: 4096 x 4096.
@@ -35,8 +36,12 @@ class Implementation(NamedTuple):
     dtypes: frozenset[torch.dtype] | None
 
 
+#: What `auto` tries for tensors that are not on a GPU.
+_ON_CPU = ("native",)
 _FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _implementations: dict[str, dict[str, Implementation]] = {"reference": {}, "triton": {}, "native": {}}
+#: Primitive -> the backend that `auto` takes for it, whatever is measured.
+_assigned: dict[str, str] = {}
 _fallback_told = False
 
 
@@ -63,29 +68,52 @@ _choice = from_environment()
 def set_backend(name: str) -> None:
     """Chooses the backend for the whole process; overrides KDKERNELS_BACKEND.
 
-    `auto` takes the fastest that can run. A named backend that cannot run raises RuntimeError with the reason, an unknown name ValueError.
-    A named backend also raises at a call that it cannot serve (tensors elsewhere, fp64, an option that only the reference has), where
-    `auto` takes the reference.
+    `auto` takes the fastest that can run: on a GPU by what was measured (`kdkernels.choice`). A named backend that cannot run raises
+    RuntimeError with the reason, an unknown name ValueError. A named backend also raises at a call that it cannot serve (tensors elsewhere,
+    fp64, an option that only the reference has), where `auto` takes another one, the reference in the end.
     """
     global _choice
     _validate(name)
     _choice = name
 
 
-def backend_info() -> dict[str, dict[str, Any]]:
-    """What each backend is: {"reference" | "triton" | "native": {"available", "active", "reason", "version"}}.
+@contextmanager
+def assigned(primitive: str, name: str) -> Iterator[None]:
+    """Within it `auto` has only the named backend for `primitive`, and raises RuntimeError where that cannot serve a call. For measuring.
 
-    `active`: what the present choice resolves to, for `auto` with features on the GPU where there is one.
-    `reason`: why it is not available, "" when it is. `version`: of the software underneath, or None.
+    It counts for all threads, and those of one primitive are not to be nested.
+    """
+    _assigned[primitive] = name
+    try:
+        yield
+    finally:
+        del _assigned[primitive]
+
+
+def backend_info() -> dict[str, dict[str, Any]]:
+    """What each backend is: {"reference" | "triton" | "native": {"available", "active", "reason", "version", "primitives"}}.
+
+    `available`: it can be named. `reason`: why it cannot, "" when it can. `version`: of the software underneath, or None.
+    `active`: the present choice is this one; `auto`: it takes this one for some primitive, with features on the GPU where there is one.
+    `primitives`: those that the present choice takes this backend for, on that device, and why: {"terms": "measured faster: ..."}. `auto`
+    may take several for one primitive, by type, layout and size.
+
+    Where there is a GPU this starts CUDA, and loads what is compiled for it. Raises ValueError for a malformed table of measurements.
     """
     versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": native.version()}
-    reasons = {name: _absent(name) for name in versions}
-    fastest = _fastest(torch.cuda.is_available())
-    active = _choice if _choice != "auto" else "reference" if reasons[fastest] else fastest
-    return {
-        name: {"available": not reasons[name], "active": name == active and not reasons[name], "reason": reasons[name], "version": version}
-        for name, version in versions.items()
-    }
+    given = _given()
+    info = {}
+    for name, version in versions.items():
+        reason, primitives = _absent(name), given[name]
+        used = name == _choice or (_choice == "auto" and not primitives.keys() <= _unfused())
+        info[name] = {
+            "available": not reason,
+            "active": used and not reason,
+            "reason": reason,
+            "version": version,
+            "primitives": primitives,
+        }
+    return info
 
 
 def register(
@@ -117,17 +145,30 @@ def resolve(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Callable[.
     """
     if _choice not in BACKENDS:
         _validate(_choice)
+    chosen = _assigned.get(primitive, _choice) if _choice == "auto" else _choice
     # Without tensors there is nothing to compute, so nothing that a backend could not do.
-    if _choice != "reference" and len(tensors) > 0:
-        name = _fastest(tensors[0].is_cuda) if _choice == "auto" else _choice
-        reason = _refusal(name, primitive, tensors, args)
-        if not reason:
-            return _implementations[name][primitive].function
-        if _choice != "auto":
-            raise RuntimeError(f"backend {name!r} cannot run {primitive}: {reason}; choose 'auto' or 'reference'")
-        if not torch.compiler.is_compiling():
-            _tell_fallback(primitive, name, reason)
+    if chosen != "reference" and len(tensors) > 0:
+        refused: dict[str, str] = {}
+        for name in _order(primitive, tensors) if chosen == "auto" else (chosen,):
+            reason = refusal(name, primitive, tensors, args)
+            if not reason:
+                _tell_fallback(primitive, name, refused)
+                return _implementations[name][primitive].function
+            refused[name] = reason
+        if chosen != "auto":
+            raise RuntimeError(f"backend {chosen!r} cannot run {primitive}: {refused[chosen]}; choose 'auto' or 'reference'")
+        _tell_fallback(primitive, "reference", refused)
     return _implementations["reference"][primitive].function
+
+
+def prefers(name: str, primitive: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether `name` was measured as the fastest for this call of a primitive that other primitives can do as well.
+
+    Where nothing was measured: no. The present choice has to be `auto` or `name`.
+    """
+    if primitive in _assigned:
+        return _assigned[primitive] == name
+    return _choice in ("auto", name) and tensors[0].is_cuda and choice.order(primitive, tensors)[0] == name
 
 
 def refuses_constants(constants: Iterable[Tensor], device: torch.device, what: str) -> str:
@@ -153,12 +194,12 @@ def call(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Any:
         return implementation(*args)
 
 
-def _fastest(on_gpu: bool) -> str:
-    """The backend that `auto` tries. Interpreted Triton kernels serve tests: who does not name them does not get them."""
-    return "triton" if on_gpu else "native"
+def _order(primitive: str, tensors: Sequence[Tensor]) -> Sequence[str]:
+    """The backends that `auto` tries, in order. Interpreted Triton kernels serve tests: who does not name them does not get them."""
+    return choice.order(primitive, tensors) if tensors[0].is_cuda else _ON_CPU
 
 
-def _refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> str:
+def refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> str:
     """Why a backend with fused kernels cannot serve this call; "" when it can."""
     found, device = _implementations[name][primitive], tensors[0].device
     reason = _refuses_device(name, device)
@@ -180,11 +221,7 @@ def _refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequenc
 def _refuses_device(name: str, device: torch.device) -> str:
     """Why a backend with fused kernels cannot serve tensors on this device; "" when it can."""
     if name == "native":
-        if native.library().reason:
-            return native.library().reason
-        if device.type == "cuda":
-            return "the compiled library has no kernels for CUDA"
-        return "" if device.type == "cpu" else f"the tensors are on {device}, not on the CPU"
+        return native.refuses(device.type)
     if not _TRITON_INSTALLED:
         return _absent(name)
     if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
@@ -218,14 +255,53 @@ def _validate(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; choose 'auto' or 'reference'")
 
 
-def _tell_fallback(primitive: str, name: str, reason: str) -> None:
+def _tell_fallback(primitive: str, used: str, refused: Mapping[str, str]) -> None:
+    """Says once which backend `auto` uses after others have refused, and why these did."""
     global _fallback_told
-    if not _fallback_told:
-        _fallback_told = True
-        # A library that is there was meant to be used.
-        unfit = name == "native" and native.library().reason and native.library().file is not None
-        level = logging.WARNING if unfit else logging.INFO
-        logger.log(level, "backend auto: using 'reference' for %s, not %r: %s", primitive, name, reason)
+    if torch.compiler.is_compiling() or not refused or _fallback_told:
+        return
+    _fallback_told = True
+    # A library that is there was meant to be used.
+    unfit = any(file is not None and reason and reason == refused.get("native") for file, reason in native.loaded())
+    level = logging.WARNING if unfit else logging.INFO
+    why = ", ".join(f"not {name!r}: {reason}" for name, reason in refused.items())
+    logger.log(level, "backend auto: using %r for %s, %s", used, primitive, why)
+
+
+def _given() -> dict[str, dict[str, str]]:
+    """Backend -> primitives that the present choice takes it for, and why; on the GPU where there is one."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    given: dict[str, dict[str, str]] = {name: {} for name in _implementations}
+    for primitive in _implementations["reference"]:
+        for name, why in _why(primitive, device).items():
+            given[name][primitive] = why
+    return given
+
+
+def _why(primitive: str, device: torch.device) -> dict[str, str]:
+    """Backend -> why the present choice takes it for calls of this primitive on this device."""
+    if _choice not in BACKENDS:
+        return {}
+    if primitive in _unfused():
+        return {"reference": "not fused"}
+    if _choice != "auto":
+        reason = "" if _choice == "reference" else _refuses_device(_choice, device)
+        return {_choice: f"named, but calls raise: {reason}" if reason else "named"}
+    on_gpu = device.type == "cuda"
+    refused = {name: reason for name in (choice.BACKENDS if on_gpu else _ON_CPU) if (reason := _refuses_device(name, device))}
+    others = ", ".join(f"not {name!r}: {reason}" for name, reason in refused.items())
+    if not on_gpu:
+        return {"reference": others} if refused else {_ON_CPU[0]: "the only one with kernels for a CPU"}
+    able = [name for name in choice.BACKENDS if name not in refused]
+    if not refused:
+        return choice.why(primitive, device.index)
+    return {able[0] if able else "reference": others}
+
+
+def _unfused() -> set[str]:
+    """Primitives that are PyTorch's own operations whichever backend is chosen."""
+    own = _implementations["reference"]
+    return {primitive for primitive in own if all(of[primitive].function is own[primitive].function for of in _implementations.values())}
 
 
 def _installed(package: str) -> str | None:

@@ -16,6 +16,8 @@ import torch
 
 import kdkernels
 
+from .choice import constant
+
 FOLDER = Path(__file__).parent
 KINDS = ("cpu", "cuda")
 
@@ -58,10 +60,24 @@ def library(kind: str = "cpu") -> Library:
     return _loaded[kind]
 
 
-def expect(name: str, schema: str) -> None:
-    """Takes the library out of use where its operator `name` has not this schema, "(Tensor x, ...) -> Tensor".
+def loaded() -> tuple[Library, ...]:
+    """The libraries of this installation that were asked for so far."""
+    return tuple(_loaded.values())
 
-    An editable install whose sources have changed has such a library until it is built again.
+
+@constant
+def refuses(device: str) -> str:
+    """Why there are no compiled kernels for tensors on a device of this type; "" when there are. Loads what is wanted for it."""
+    if device not in KINDS:
+        return f"the tensors are on {device}, not on the CPU or a CUDA GPU"
+    return library(device).reason
+
+
+def expect(name: str, schema: str) -> None:
+    """Takes the libraries out of use where their operator `name` has not this schema, "(Tensor x, ...) -> Tensor".
+
+    An editable install whose sources have changed has such libraries until they are built again. The schemas are in that for the CPU, and
+    setup.py builds both or leaves no old one behind, so that what holds for it holds for the other.
     """
     file, reason = _loaded["cpu"]
     if reason or file is None:
@@ -71,6 +87,8 @@ def expect(name: str, schema: str) -> None:
     wanted = str(torch._C.parse_schema(f"kdkernels_native::{name}{schema.replace('SymInt', 'int')}"))
     if operator is None or str(operator.default._schema) != wanted:
         _loaded["cpu"] = Library(file, f"{file.name}: it was built from other sources, its operator {name} is missing or another")
+        # That for CUDA needs this one: whoever asks for it from now on is told so.
+        _loaded.pop("cuda", None)
 
 
 def version() -> str | None:
@@ -116,7 +134,20 @@ def _open_cpu(file: Path) -> str:
 def _open_cuda(file: Path) -> str:
     if library("cpu").reason:
         return "it needs the library for the CPU, which does not serve"
-    return _open(file) if torch.cuda.is_available() else "there is no CUDA device"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return _open(file) or _lacking("CUDA")
+
+
+def _lacking(key: str) -> str:
+    """What the libraries have for the CPU and not for this dispatch key; "" when that is nothing."""
+    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels_native::") and _has(name, "CPU")]
+    missing = sorted(name.partition("::")[2] for name in operators if not _has(name, key))
+    return f"it was built from other sources and has no {', '.join(missing)}" if missing else ""
+
+
+def _has(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def _open(file: Path) -> str:

@@ -5,14 +5,14 @@ Runs every part whatever becomes of the others. The quick form ends within nine 
 
     suite.json                     every part's status and seconds, the machine, the tests that were left out and why
     suite.log                      what the parts printed
-    junit-gpu.xml                  the tests marked `gpu`;   junit-gpu-alone.xml: those of them that measure times
+    junit-gpu.xml                  the tests marked `gpu`;   junit-gpu-alone.xml: those of them that need the GPU for themselves
     junit-cpu.xml                  the tests of primitives and of the harness
     kernels.jsonl, steps.jsonl     measurements
     speed-of-light.md              how far they are from the copy bandwidth
     ncu.csv                        memory traffic by Nsight Compute, where it can run
     codegen.json                   what the compiler makes of the Triton kernels (--full)
 
-Exit code: 0 when all that is required passed, 1 when not, 2 for wrong usage.
+What compute-sanitizer finds is in the log. Exit code: 0 when all that is required passed, 1 when not, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from suite_runner import ROOT, Part, Suite, find_tool
 SECONDS = {"quick": 535.0, "smoke": 300.0, "full": 24 * 3600.0}
 #: compute-sanitizer's exit code for what it found in the code, as against being unable to work.
 FOUND = 99
-#: Tests that measure times: nothing else may use the GPU meanwhile.
-ALONE = ("test_bench_measure.py", "test_tune.py")
-#: For the other GPU tests, most of whose time goes into compiling some 800 versions of kernels.
-PROCESSES = min(8, os.cpu_count() or 1)
+#: Its tools: accesses out of bounds, hazards in shared memory, reads of what was never written.
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+#: Tests that measure times or fill the memory: nothing else may use the GPU meanwhile.
+ALONE = ("test_bench_measure.py", "test_choice.py", "test_gpu_large.py", "test_tune.py")
+#: For the other GPU tests, most of whose time goes into compiling some 800 versions of Triton kernels.
+PROCESSES = min(16, os.cpu_count() or 1)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--continue-on-collection-errors"]
 BENCH = [sys.executable, "-m", "benchmarks"]
 
@@ -93,14 +95,16 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         suite = Suite(out, Path(scratch), arguments.form, SECONDS[arguments.form])
         gpu = look_around(suite, arguments.form)
-        suite.run(native_library(gpu))
+        for part in native_library(arguments.form, suite.report["environment"].get("capability")):
+            suite.run(part)
         for part in tests(out, arguments.form, find_tests(suite)):
             suite.run(part)
         small = arguments.form == "smoke" or not gpu
         for part in measurements(out, "smoke" if small else arguments.form, "cuda" if gpu else "cpu"):
             suite.run(part)
-        for part in tools(out, arguments.form, gpu):
-            suite.run(part)
+        # Side by side: they measure nothing, and most of their time is the start of Python under the tool.
+        suite.run(*sanitizers(arguments.form, gpu))
+        suite.run(memory_traffic(out, gpu))
         return suite.finish()
 
 
@@ -115,14 +119,28 @@ def look_around(suite: Suite, form: str) -> bool:
     return bool(found.get("device"))
 
 
-def native_library(gpu: bool) -> Part:
-    """Named, because `auto` leaves out what fails to compile: on a GPU its kernels too."""
+def native_library(form: str, capability: list[int] | None) -> list[Part]:
+    """Built by name, because `auto` leaves out what fails to compile: on a GPU its kernels too, for that GPU only.
+
+    capability: of the GPU; None where there is none
+    """
     sources = [path for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(pattern)]
     absent = "" if sources else "csrc has no sources"
     if not absent and importlib.util.find_spec("setuptools") is None:
         absent = "setuptools is not installed"
-    command, wanted = [sys.executable, "setup.py", "build_ext", "--inplace"], {"KDKERNELS_BUILD": "cuda" if gpu else "cpu"}
-    return Part("native library", command, limit=300, absent=absent, environment=wanted)
+    command, no_nvcc = [sys.executable, "setup.py", "build_ext", "--inplace"], without_nvcc()
+    environment = {"KDKERNELS_BUILD": "cpu"}
+    if capability and not no_nvcc:
+        here = ".".join(map(str, capability))
+        environment = {"KDKERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or here}
+    limit = 110 if form == "quick" else 1800
+    parts = [Part("native library", command, limit, absent=absent, environment=environment)]
+    return [*parts, *([Part("native library's CUDA kernels", [], 0, absent=no_nvcc)] if capability and no_nvcc else [])]
+
+
+def without_nvcc() -> str:
+    """Why there are no native kernels on this machine's GPU; "" when they can be compiled."""
+    return "" if find_tool("nvcc") else "nvcc, CUDA's compiler, is not installed"
 
 
 def find_tests(suite: Suite) -> list[Path]:
@@ -159,9 +177,9 @@ def tests(out: Path, form: str, files: list[Path]) -> list[Part]:
 
     gpu = whole if absent else [*whole, *kernels]
     parts = [
-        part("GPU tests", 130, gpu, "junit-gpu", "-m", "gpu", *spread),
-        part("GPU tests that measure", 45, alone, "junit-gpu-alone", "-m", "gpu"),
-        part("primitive and harness tests", 45, measured, "junit-cpu", "-m", "not gpu", *spread, *collect),
+        part("GPU tests", 110, gpu, "junit-gpu", "-m", "gpu", *spread),
+        part("GPU tests that run alone", 55, alone, "junit-gpu-alone", "-m", "gpu"),
+        part("primitive and harness tests", 30, measured, "junit-cpu", "-m", "not gpu", *spread, *collect),
     ]
     return [*parts, *([Part("tests of single Triton kernels", [], 0, absent=absent)] if absent else [])]
 
@@ -179,10 +197,10 @@ def measurements(out: Path, form: str, device: str) -> list[Part]:
         who = ["--provider", "paper,eager,compile,reference,triton,native"]
         without_compiler = ["--provider", "paper,eager,reference,triton,native"]
         runs = [
-            ("kernels, whole call", [*quoted, *who, "--seconds", "0.5"], 80),
-            ("kernels, quick grid", ["--quick", "--mode", "forward,backward", *without_compiler, "--seconds", "0.1"], 45),
+            ("kernels, whole call", [*quoted, *who, "--seconds", "0.5"], 55),
+            ("kernels, quick grid", ["--quick", "--mode", "forward,backward", *without_compiler, "--seconds", "0.1"], 30),
         ]
-        step, limit = ["--pair", "fcos-r101-r50", "--batch", "8", "--amp", "bf16", "--loss", "gkd_bmfi", "--rounds", "3"], 50
+        step, limit = ["--pair", "fcos-r101-r50", "--batch", "8", "--amp", "bf16", "--loss", "gkd_bmfi", "--rounds", "3"], 25
         step += ["--provider", "eager,reference,triton,native"]
     else:
         tiny = ["--case", "tiny", "--batch", "1", "--channels", "64", "--mode", "backward", "--seconds", "0.1"]
@@ -192,42 +210,53 @@ def measurements(out: Path, form: str, device: str) -> list[Part]:
     light = [*BENCH, "speed-of-light", "--input", str(kernels)]
     return [
         *(Part(name, [*BENCH, *options, *on, "--output", str(kernels)], limit, result=kernels.name) for name, options, limit in runs),
-        Part("speed of light", light, limit=15, output="speed-of-light.md"),
+        Part("speed of light", light, limit=10, output="speed-of-light.md"),
         Part("training steps", [*BENCH, "step", *step, *on, "--output", str(steps)], limit, result=steps.name),
         *([code] if form == "full" else []),
     ]
 
 
-def tools(out: Path, form: str, gpu: bool) -> list[Part]:
-    """The sanitizer and the profiler over the smallest of the GPU tests: every operator and the losses, on the Triton kernels."""
-    few = [*PYTEST, "-m", "gpu", "-k", "small", *(str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_triton.py"))]
-    sanitizer, ncu = find_tool("compute-sanitizer"), find_tool("ncu")
+def small_tests(backend: str) -> list[str]:
+    """The smallest of the GPU tests on the kernels of a backend: every primitive, and a call of the losses."""
+    files = (str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_gpu_kernels.py"))
+    return [*PYTEST, "-m", "gpu", "-k", f"small and {backend}", *files]
+
+
+def sanitizers(form: str, gpu: bool) -> list[Part]:
+    """Every tool of compute-sanitizer over the small tests on each backend; in the quick form on Triton's kernels only the first."""
+    program = find_tool("compute-sanitizer")
+    absent = "" if gpu else "there is no GPU"
+    absent = absent or ("" if program else "compute-sanitizer is not installed")
+
+    def part(tool: str, backend: str) -> Part:
+        later = "in the full form only" if form == "quick" and backend == "triton" and tool != "memcheck" else ""
+        why = absent or later or (without_nvcc() if backend == "native" else "")
+        # What a driver's function returns is no error of a kernel: torch asks for what may be missing.
+        options = ["--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
+        # In torch's cached blocks no access would be out of bounds, and what an earlier tensor held would pass for written.
+        environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = [program or "compute-sanitizer", *options, *small_tests(backend)]
+        limit = 1800 if form == "full" else 35
+        return Part(f"{tool}, {backend}", command, limit, absent=why, found=FOUND, environment=environment)
+
+    return [part(tool, backend) for backend in ("native", "triton") for tool in SANITIZERS]
+
+
+def memory_traffic(out: Path, gpu: bool) -> Part:
+    """The profiler over the first launches of the small tests of the native kernels, or of Triton's where those cannot be compiled."""
+    program = find_tool("ncu")
+    absent = "" if gpu else "there is no GPU"
     metrics = "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"
-    no_gpu = "" if gpu else "there is no GPU"
-
-    def checker(name: str, tool: str) -> Part:
-        return Part(
-            name,
-            [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *few],
-            limit=1800 if form == "full" else 45,
-            absent=no_gpu or ("" if sanitizer else "compute-sanitizer is not installed"),
-            found=FOUND,
-            # Inside torch's cached blocks it would see no access out of bounds.
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-
-    return [
-        checker("memory checker", "memcheck"),
-        *([checker("race checker", "racecheck")] if form == "full" else []),
-        Part(
-            "memory traffic",
-            [ncu or "ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", metrics, "--launch-count", "200", *few],
-            limit=20,
-            required=False,
-            absent=no_gpu or ("" if ncu else "ncu is not installed"),
-            found=FOUND,
-        ),
-    ]
+    # The clocks stay as they are: bytes do not depend on them, and to set them takes rights.
+    options = ["--csv", "--log-file", str(out / "ncu.csv"), "--metrics", metrics, "--launch-count", "200", "--clock-control", "none"]
+    return Part(
+        "memory traffic",
+        [program or "ncu", *options, *small_tests("triton" if without_nvcc() else "native")],
+        limit=15,
+        required=False,
+        absent=absent or ("" if program else "ncu is not installed"),
+        found=FOUND,
+    )
 
 
 if __name__ == "__main__":

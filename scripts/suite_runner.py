@@ -1,4 +1,4 @@
-"""Runs the parts of a suite one after the other, each under a time limit, and writes down what became of them."""
+"""Runs the parts of a suite, each under a time limit, and writes down what became of them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds from the interrupt that ends a part to its being killed.
 GRACE = 8.0
 #: With less than this many seconds left for it, a part is not started.
 WORTHWHILE = 5.0
+#: Seconds between looks at what runs.
+LOOK = 0.05
 LOG_BYTES = 8 << 20
 FAILURES = ("failed", "timeout")
 RESULTS = (
@@ -97,17 +100,24 @@ class Suite:
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
-    def run(self, part: Part) -> None:
-        self.say(f"== {part.name}: {' '.join(part.command)}")
-        begin = time.monotonic()
-        limit = min(part.limit, self.end - begin - GRACE)
-        if part.absent:
-            status, reason = "absent", part.absent
-        elif self.end - begin - GRACE < WORTHWHILE:
-            status, reason = "skipped", "no time was left"
-        else:
-            status, reason = self._execute(part, limit)
-        self.record(part.name, status, reason, time.monotonic() - begin, part.required)
+    def run(self, *parts: Part) -> None:
+        """Runs the parts side by side and returns when all of them have ended."""
+        left = self.end - time.monotonic() - GRACE
+        with ExitStack() as stack:
+            running = []
+            for part in parts:
+                if part.absent or left < WORTHWHILE:
+                    status, reason = ("absent", part.absent) if part.absent else ("skipped", "no time was left")
+                    self.say(f"== {part.name}")
+                    self.record(part.name, status, reason, 0.0, part.required)
+                else:
+                    running.append(stack.enter_context(Running(self, part, min(part.limit, left), alone=len(parts) == 1)))
+            while running:
+                for one in [one for one in running if one.ended()]:
+                    running.remove(one)
+                    one.close()
+                    self.record(one.part.name, *one.outcome(), one.seconds, one.part.required)
+                time.sleep(LOOK)
 
     def record(self, name: str, status: str, reason: str, seconds: float, required: bool) -> None:
         """Add a part to the report. Absent tools and tools that cannot work here are said, not held against the code."""
@@ -135,7 +145,8 @@ class Suite:
             log.write_bytes(b"(the beginning is left out)\n" + log.read_bytes()[-LOG_BYTES:])
         return 1 if bad else 0
 
-    def _size(self, result: str | None) -> int:
+    def size(self, result: str | None) -> int:
+        """Bytes of a file of OUT; 0 where there is none."""
         path = self.out / result if result else None
         return path.stat().st_size if path is not None and path.exists() else 0
 
@@ -143,42 +154,79 @@ class Suite:
         self.report["seconds"] = round(time.monotonic() - self.start, 1)
         (self.out / "suite.json").write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
-    def _execute(self, part: Part, limit: float) -> tuple[str, str]:
-        stdout = (self.out / part.output).open("wb") if part.output else self.log
-        before = self._size(part.result)
-        try:
-            code = _run(part.command, limit, stdout=stdout, stderr=self.log, env={**self.environment, **part.environment}, cwd=ROOT)
-        finally:
-            if stdout is not self.log:
-                stdout.close()
-        if code is None:
-            if self._size(part.result) > before:
-                return "cut short", f"after {limit:.0f} s; {part.result} has what was measured until then"
-            return "timeout" if part.found is None else "unable", f"after {limit:.0f} s"
+
+class Running:
+    """A part at work, and, as a context, the end of it and of all that it started: it has a session of its own.
+
+    limit: seconds until it is interrupted;   alone: no other part runs meanwhile, so that its lines can go into the log as they come
+    """
+
+    def __init__(self, suite: Suite, part: Part, limit: float, alone: bool) -> None:
+        self.suite = suite
+        self.part = part
+        self.limit = limit
+        self.alone = alone
+
+    def __enter__(self) -> Running:
+        part, suite = self.part, self.suite
+        self.before = suite.size(part.result)
+        self.log: IO[bytes] = suite.log if self.alone else tempfile.TemporaryFile()
+        self.output: IO[bytes] = (suite.out / part.output).open("wb") if part.output else self.log
+        self.log.write(f"== {part.name}: {' '.join(part.command)}\n".encode())
+        self.log.flush()
+        self.begin = time.monotonic()
+        self.seconds = 0.0
+        self.late = self.closed = False
+        environment = {**suite.environment, **part.environment}
+        self.process: subprocess.Popen[bytes] | None = None
+        with suppress(OSError):
+            self.process = subprocess.Popen(
+                part.command, start_new_session=True, stdout=self.output, stderr=self.log, env=environment, cwd=ROOT
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def ended(self) -> bool:
+        """Whether it has ended, by itself or as its time was up."""
+        self.seconds = time.monotonic() - self.begin
+        if self.process is None or self.process.poll() is not None:
+            return True
+        if self.seconds >= self.limit and not self.late:
+            # As Ctrl-C does: measurements keep what they have.
+            self.late = True
+            os.killpg(self.process.pid, signal.SIGINT)
+        return self.seconds >= self.limit + GRACE
+
+    def close(self) -> None:
+        """Ends what is left of it, and its output. Only once: later the number of the process may be another's."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self.output is not self.log:
+            self.output.close()
+        if self.log is not self.suite.log:
+            self.log.seek(0)
+            shutil.copyfileobj(self.log, self.suite.log)
+            self.log.close()
+
+    def outcome(self) -> tuple[str, str]:
+        """Status and reason."""
+        part, code = self.part, 127 if self.process is None else self.process.returncode
+        if self.late:
+            if self.suite.size(part.result) > self.before:
+                return "cut short", f"after {self.limit:.0f} s; {part.result} has what was measured until then"
+            return "timeout" if part.found is None else "unable", f"after {self.limit:.0f} s"
         if code == 0:
             return "passed", ""
         if part.found is not None and code != part.found:
             return "unable", f"exit code {code}: the tool could not work here, see suite.log"
         return "failed", f"exit code {code}, see suite.log"
-
-
-def _run(command: list[str], limit: float, **options: Any) -> int | None:
-    """Exit code, or None when the time was up. What the command started ends with it: it has a session of its own."""
-    try:
-        process = subprocess.Popen(command, start_new_session=True, **options)
-    except OSError:
-        return 127
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        # As Ctrl-C does: measurements keep what they have.
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        return None
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def find_tool(name: str) -> str | None:

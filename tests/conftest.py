@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 # Threads that spin while they wait make a shared machine ten times slower; read once, when torch loads OpenMP.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,6 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def emulator(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `emulated` run the native backend's CUDA kernels on the CPU."""
+    if request.node.get_closest_marker("emulated") is None:
+        yield
+        return
+    from emulation import emulated
+
+    with emulated():
+        yield
 
 
 @pytest.fixture(autouse=True)

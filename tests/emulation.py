@@ -41,7 +41,7 @@ FLAGS = [
 
 def sources() -> list[Path]:
     cuda, own = sorted((ROOT / "csrc" / "cuda").glob("*.cu")), sorted((ROOT / "tests" / "emulator").glob("*.cpp"))
-    common = [ROOT / "csrc" / f"{name}.cpp" for name in ("map_options", "ops", "pyramid")]
+    common = [ROOT / "csrc" / f"{name}.cpp" for name in ("map_options", "ops", "pyramid", "terms")]
     return [*common, *cuda, *own]
 
 

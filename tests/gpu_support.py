@@ -1,11 +1,13 @@
-"""What the tests that need a GPU share: inputs that can be moved and renewed, and the ways in which losses are called."""
+"""What the tests that need a GPU share: the backends, inputs that can be moved and renewed, and the ways in which losses are called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+from toolchain import needs_compiler, needs_nvcc
 from torch import Tensor
 
 from benchmarks.registry import ENTRIES, Case
@@ -15,6 +17,10 @@ from kdkernels.losses import DistillationLoss
 from kdkernels.losses.composed import teacher_sides
 
 DEVICE = "cuda"
+#: Where nvcc is there the native library for CUDA has to be: then its tests fail without it, with the library's reason.
+needs_cuda_library = (needs_compiler, needs_nvcc)
+#: Those with kernels for GPUs.
+BACKENDS = ["triton", pytest.param("native", marks=needs_cuda_library)]
 Losses = dict[str, DistillationLoss]
 
 

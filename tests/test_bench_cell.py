@@ -18,6 +18,7 @@ from benchmarks.measure.cell import LEAST_CALLS, Cell
 from benchmarks.measure.contents import tensors
 from benchmarks.providers import Provider, reference_of
 from benchmarks.registry import ENTRIES, Case, Entry
+from kdkernels import native as libraries
 
 CPU = torch.device("cpu")
 CASE = Case("tiny", batch=1, channels=8)
@@ -231,21 +232,16 @@ def test_provider_is_active_around_a_burst_not_around_a_call(monkeypatch: pytest
     assert log == ["in", "call", "call", "call", "out"]
 
 
-@pytest.mark.parametrize(("kernels", "said"), [(True, ""), (False, "the compiled library has no kernels for cuda")])
-def test_a_compiled_library_is_absent_where_it_has_no_kernels(kernels: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def has(operator: str, key: str) -> bool:
-        asked.append((operator, key))
-        return kernels
-
-    found = {"native": {"available": False, "reason": "not built"}}
+@pytest.mark.parametrize("reason", ["", "it was not built"])
+def test_compiled_kernels_are_absent_where_their_library_is(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"native": {"available": False, "reason": "no library at all"}}
     monkeypatch.setattr(providers_module, "backend_info", lambda: found)
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", has)
+    monkeypatch.setitem(libraries._loaded, "cuda", libraries.Library(None, reason))
     native, cuda = providers_module.providers()["native"], torch.device("cuda")
-    assert providers_module.absent(native, cuda) == "not built" and asked == []
+    assert providers_module.absent(native, cuda) == "no library at all"
     found["native"] = {"available": True, "reason": ""}
-    assert providers_module.absent(native, cuda) == said and asked == [("kdkernels_native::terms", "CUDA")]
+    assert providers_module.absent(native, cuda) == reason
+    assert providers_module.absent(native, torch.device("meta")) == "there are no compiled kernels for meta"
 
 
 def test_oracle_leaves_the_provider_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, captured, moved, without_waiting
+from gpu_support import BACKENDS, DEVICE, captured, moved, without_waiting
 from torch import Tensor
 
 from benchmarks.call import bind, sample
@@ -16,10 +16,12 @@ from benchmarks.measure.gate import gate
 from benchmarks.providers import providers, reference_of
 from benchmarks.registry import ENTRIES, Case, flat
 from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, functional, set_backend
+from kdkernels.reference.box_mask import box_mask as reference
 
 pytestmark = pytest.mark.gpu
 IMAGE_SIZE = (200, 336)
 SHAPES = [(2, 16, 25, 42), (2, 16, 13, 21), (2, 16, 7, 11)]
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 BOXES = [[[8.0, 10.0, 150.0, 130.0], [130.0, 20.0, 160.0, 150.0], [280.0, -12.0, 350.0, 125.0]], [[33.3, 5.1, 171.7, 160.2]]]
 
 
@@ -50,11 +52,16 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got.double().cpu() - want).norm() / want.norm()).item()
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    set_backend(request.param)
-    yield request.param
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    yield
     set_backend("auto")
+
+
+@pytest.fixture(params=["reference", *BACKENDS])
+def backend(request: pytest.FixtureRequest) -> str:
+    set_backend(request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -65,13 +72,17 @@ def exact_convolutions() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)], ids=str
-)
-def test_small_call_agrees_with_float64_on_the_cpu(dtype: torch.dtype, tolerance: float, layout: torch.memory_format) -> None:
-    given = inputs(dtype, layout)
-    # On the CPU, and in float64 anywhere, "auto" is the reference.
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("chosen", ["auto", *BACKENDS])
+def test_small_call_agrees_with_float64_on_the_cpu(chosen: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    given, tolerance = inputs(dtype, layout), TOLERANCES[dtype]
+    # On the CPU, and in float64 anywhere, "auto" is the reference; kernels that are named refuse that.
     want_values, want_gradients = evaluate(moved(given, "cpu", torch.float64))
+    set_backend(chosen)
+    if chosen != "auto" and dtype == torch.float64:
+        with pytest.raises(RuntimeError, match="it does not take float64"):
+            evaluate(moved(given, DEVICE))
+        return
     for d in (1.0, 1024.0):
         values, gradients = evaluate(moved(given, DEVICE), d)
         for name, value in values.items():
@@ -93,15 +104,15 @@ def test_small_call_agrees_with_float64_on_the_cpu(dtype: torch.dtype, tolerance
         for dtype in (("fp32", "bf16", "fp16") if mode in ("backward", "inline") else ("fp32",))
     ],
 )
-def test_backends_and_eager_pass_the_gate_of_the_benchmarks(name: str, mode: str, dtype: str) -> None:
+@pytest.mark.parametrize("provider", ["reference", "eager", *BACKENDS])
+def test_providers_pass_the_gate_of_the_benchmarks(provider: str, name: str, mode: str, dtype: str) -> None:
     entry, device, generator = ENTRIES[name], torch.device(DEVICE), torch.Generator().manual_seed(0)
     given = entry.inputs(Case("tiny", batch=2, channels=16, boxes=5, dtype=dtype), generator, device)
     shapes = [value.shape for value in flat(reference_of(entry)(**given))]
-    for provider in ("reference", "eager", "triton"):
-        chosen = providers()[provider]
-        with chosen.active():
-            call = bind(entry, chosen.function(entry), mode, own=chosen.backend is not None)
-            assert gate(entry, mode, dtype, call, sample(entry, given, mode, shapes, generator), device).reason == "", provider
+    chosen = providers()[provider]
+    with chosen.active():
+        call = bind(entry, chosen.function(entry), mode, own=chosen.backend is not None)
+        assert gate(entry, mode, dtype, call, sample(entry, given, mode, shapes, generator), device).reason == ""
 
 
 def test_results_are_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
@@ -112,11 +123,11 @@ def test_results_are_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["binary", "assigned", "area", "gaussian", "exponential", "background"])
-def test_box_masks_are_those_of_the_cpu(kind: str) -> None:
+def test_box_masks_are_those_of_the_cpu(kind: str, backend: str) -> None:
     corners = torch.rand(4, 50, 2) * torch.tensor([1344.0, 800.0])
     boxes = torch.cat([corners, corners + torch.rand(4, 50, 2) * 300], -1)
     sizes = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
-    want = functional.box_mask(list(boxes), (800, 1344), sizes, kind)
+    want = reference(list(boxes), (800, 1344), sizes, kind)
     got = functional.box_mask(list(boxes.to(DEVICE)), (800, 1344), sizes, kind)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.cpu() == 0, b == 0)
@@ -160,7 +171,7 @@ def detectors() -> tuple[torch.nn.Module, torch.nn.Module, Any]:
     return detector("fcos", 0).to(DEVICE), detector("fcos", 1).to(DEVICE), (moved(images, DEVICE), [moved(t, DEVICE) for t in targets])
 
 
-def test_inline_gives_the_parameters_the_gradients_of_explicit(exact_convolutions: None) -> None:
+def test_inline_gives_the_parameters_the_gradients_of_explicit(backend: str, exact_convolutions: None) -> None:
     student, teacher, shown = detectors()
     found = {}
     for mode in ("inline", "explicit"):
@@ -176,7 +187,7 @@ def test_inline_gives_the_parameters_the_gradients_of_explicit(exact_convolution
 
 
 @pytest.mark.parametrize("mode", ["inline", "explicit"])
-def test_mixed_precision_steps_are_taken_or_skipped_as_a_whole(mode: str) -> None:
+def test_mixed_precision_steps_are_taken_or_skipped_as_a_whole(mode: str, backend: str) -> None:
     student, teacher, shown = detectors()
     distiller = distilled(mode, student, teacher)
     optimizer = torch.optim.SGD(distiller.student.parameters(), lr=1e-4)

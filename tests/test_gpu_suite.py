@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import run as kernels_run
 from benchmarks.codegen import run as codegen_run
+from benchmarks.registry import ENTRIES
 from benchmarks.report import speed_of_light
 from benchmarks.steps import run as steps_run
 
@@ -107,6 +108,45 @@ def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> 
     assert suite.finish() == 1
 
 
+def test_parts_side_by_side_end_each_for_itself(suite: Suite, tmp_path: Path) -> None:
+    slow = "import time\nprint('first', flush=True); time.sleep(60)"
+    waits = "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.01)\nprint('second')"
+    makes = f"import pathlib\npathlib.Path({str(tmp_path / 'sign')!r}).touch(); print('third')"
+    begin = time.monotonic()
+    suite.run(
+        Part("slow", python(slow), 2, found=99),
+        # Only with the next one at work too does it end.
+        Part("waiting", python(waits.format(tmp_path / "sign")), 20),
+        Part("making", python(makes), 20),
+        Part("no GPU", python(""), 20, absent="there is no GPU"),
+        Part("no tool", ["no-such-tool"], 20, found=99),
+        Part("bad", python("import sys; sys.exit(99)"), 20, found=99),
+    )
+    assert time.monotonic() - begin < 12
+    wanted = {"slow": "unable", "waiting": "passed", "making": "passed", "no GPU": "absent", "no tool": "unable", "bad": "failed"}
+    assert statuses(suite) == wanted and suite.finish() == 1
+    seconds = {part["name"]: part["seconds"] for part in suite.report["parts"]}
+    assert seconds["making"] < 2 <= seconds["slow"]
+    log = (tmp_path / "suite.log").read_text()
+    for name, printed in (("slow", "first"), ("waiting", "second"), ("making", "third")):
+        lines = log[log.index(f"== {name}: {sys.executable}") : log.index(f"== {name}: {wanted[name]}")]
+        assert f"\n{printed}\n" in lines and "\n== " not in lines, "what a part printed is in one place"
+
+
+def test_an_interrupt_ends_all_parts_that_are_at_work(suite: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers = [tmp_path / name for name in ("one", "two")]
+    programs = [f"import os, pathlib, time; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(60)" for path in numbers]
+
+    def interrupt(seconds: float) -> None:
+        if all(path.exists() and path.read_text() for path in numbers):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("suite_runner.time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(*(Part("slow", python(program), 20) for program in programs))
+    assert not any(running(int(path.read_text())) for path in numbers)
+
+
 @pytest.fixture(params=[True, False], ids=["xdist", "no xdist"])
 def xdist(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether pytest-xdist seems to be installed."""
@@ -117,13 +157,77 @@ def xdist(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 FILES = sorted((ROOT / "tests").glob("test_*.py"))
 
 
+@pytest.fixture
+def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "find_tool", lambda name: None)
+
+
+@pytest.fixture
+def all_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "find_tool", lambda name: f"/tools/{name}")
+
+
 def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path, xdist: bool) -> None:
     parts = [
+        *gpu_suite.native_library("quick", [9, 0]),
         *gpu_suite.tests(tmp_path, "quick", FILES),
         *gpu_suite.measurements(tmp_path, "quick", "cuda"),
-        *gpu_suite.tools(tmp_path, "quick", True),
+        gpu_suite.memory_traffic(tmp_path, True),
     ]
-    assert sum(part.limit for part in parts) + 60 <= gpu_suite.SECONDS["quick"] < 540
+    together = max(part.limit for part in gpu_suite.sanitizers("quick", True))
+    assert sum(part.limit for part in parts) + together + 60 <= gpu_suite.SECONDS["quick"] < 540
+
+
+def test_the_library_is_compiled_for_the_gpu_that_is_there(all_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    (build,) = gpu_suite.native_library("quick", [9, 0])
+    assert build.environment == {"KDKERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    (without,) = gpu_suite.native_library("quick", None)
+    assert without.environment == {"KDKERNELS_BUILD": "cpu"}
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert gpu_suite.native_library("full", [9, 0])[0].environment["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"
+
+
+def test_a_gpu_without_nvcc_gets_the_library_for_the_cpu_and_a_reason(no_tools: None) -> None:
+    build, kernels = gpu_suite.native_library("quick", [9, 0])
+    assert build.environment == {"KDKERNELS_BUILD": "cpu"} and build.required
+    assert kernels.absent == "nvcc, CUDA's compiler, is not installed"
+
+
+@pytest.mark.parametrize("form", ["quick", "full"])
+def test_each_sanitizer_checks_the_small_tests_of_each_backend_or_says_why_not(form: str, all_tools: None) -> None:
+    parts = {part.name: part for part in gpu_suite.sanitizers(form, True)}
+    assert list(parts) == [f"{tool}, {backend}" for backend in ("native", "triton") for tool in ("memcheck", "racecheck", "initcheck")]
+    left_out = {name for name, part in parts.items() if part.absent}
+    assert left_out == ({"racecheck, triton", "initcheck, triton"} if form == "quick" else set())
+    assert all("full form only" in parts[name].absent for name in left_out)
+    for name, part in parts.items():
+        tool, backend = name.split(", ")
+        words = part.command
+        assert words[0] == "/tools/compute-sanitizer" and words[words.index("--tool") + 1] == tool
+        assert int(words[words.index("--error-exitcode") + 1]) == part.found == gpu_suite.FOUND
+        assert words[-4:-2] == ["-k", f"small and {backend}"]
+        # Blocks that torch keeps would hide both from them; shared memory is not torch's.
+        assert part.environment == ({} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def test_what_a_sanitizer_lacks_is_said(no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {part.absent for part in gpu_suite.sanitizers("full", False)} == {"there is no GPU"}
+    assert {part.absent for part in gpu_suite.sanitizers("full", True)} == {"compute-sanitizer is not installed"}
+    monkeypatch.setattr(gpu_suite, "find_tool", lambda name: None if name == "nvcc" else name)
+    reasons = {part.name: part.absent for part in gpu_suite.sanitizers("full", True)}
+    assert "nvcc" in reasons["racecheck, native"] and not reasons["racecheck, triton"]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_sanitizers_find_tests_of_primitives_and_of_losses(backend: str) -> None:
+    command = [*gpu_suite.small_tests(backend), "--collect-only", "-q", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    counts = dict(line.split(": ") for line in done.stdout.splitlines() if line.startswith("tests/"))
+    assert done.returncode == 0 and set(counts) == {"tests/test_gpu.py", "tests/test_gpu_kernels.py"}
+    primitives = [entry for entry in ENTRIES.values() if entry.kind == "primitive"]
+    # Two layouts; four types of a call, two of a primitive.
+    assert [int(count) for count in counts.values()] == [8, 4 * len(primitives)]
 
 
 @pytest.mark.parametrize("form", ["quick", "full"])
@@ -131,9 +235,11 @@ def test_every_file_with_gpu_tests_is_run_once_or_said_to_be_left_out(form: str,
     parts = [part for part in gpu_suite.tests(tmp_path, form, FILES) if part.name != "primitive and harness tests"]
     run = [Path(word).name for part in parts for word in part.command if word.endswith(".py")]
     kernels = {path.name for path in FILES if path.name.startswith(("test_triton_", "test_kernels_"))} | {"test_shared_read.py"}
-    others = {"test_gpu.py", "test_gpu_triton.py", "test_bench_gate.py", "test_bench_measure.py", "test_tune.py"}
+    alone = {"test_bench_measure.py", "test_choice.py", "test_gpu_large.py", "test_tune.py"}
+    others = {"test_gpu.py", "test_gpu_kernels.py", "test_bench_gate.py", *alone}
     left_out = form == "quick" and not xdist
     assert sorted(run) == sorted(others if left_out else others | kernels)
+    assert {Path(word).name for word in parts[1].command if word.endswith(".py")} == alone
     assert any("xdist" in part.absent for part in parts) == left_out
     assert ("-n" in parts[0].command) == xdist and "-n" not in parts[1].command
 
@@ -168,12 +274,13 @@ def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp
     assert report["passed"] and report["form"] == "smoke" and report["environment"]["torch"]
     found = {part["name"]: part["status"] for part in report["parts"]}
     assert found["environment"] == found["GPU tests"] == found["kernels"] == found["training steps"] == "passed"
-    assert found["memory checker"] == found["memory traffic"] == "absent"
+    assert found["native library"] in ("passed", "absent")
+    assert {status for name, status in found.items() if "check, " in name or name == "memory traffic"} == {"absent"}
     assert report["tests_left_out"]["test_box_mask.py"] == "needs hypothesis"
     assert "test_gpu.py" not in report["tests_left_out"]
     assert "test_box_mask.py left out: needs hypothesis" in log
     cases = list(ElementTree.parse(out / "junit-gpu.xml").iter("testcase"))
-    assert {case.get("classname") for case in cases} >= {"tests.test_gpu", "tests.test_gpu_triton"}
+    assert {case.get("classname") for case in cases} >= {"tests.test_gpu", "tests.test_gpu_kernels"}
     assert all(case.find("skipped") is not None for case in cases)
     records = [json.loads(line) for line in (out / "kernels.jsonl").read_text().splitlines()]
     assert {record["provider"] for record in records if record["status"] == "measured"} == {"eager", "reference"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from all_kernels import check, on_all_kernels, poisoned
+from all_kernels import check, on_all_kernels, on_gpu_kernels, poisoned
 from fused_strategies import inputs_of
 from fused_strategies import losses as losses_of
 from fused_support import GRAINS, INF, NAN, PYRAMIDS, SMALL, built, called, evaluated, gradient_tolerance, of_shapes, wide
@@ -15,7 +15,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from levels import DTYPES, relative_error
 from native_support import VALUE
-from triton_support import DEVICES
 
 from kdkernels import BMFILoss, DistillationLoss, FusedLoss, GKDLoss, set_backend
 
@@ -40,32 +39,32 @@ def restore() -> Any:
 few = functools.partial(settings, phases=[Phase.explicit, Phase.generate])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @few(max_examples=5)
 @given(data=st.data())
-def test_gkd_maps(data: Any, device: str) -> None:
-    assert check(data.draw(losses_of("gkd map")), built(data.draw(inputs_of("gkd map")), device), "triton") < 1
+def test_gkd_maps(data: Any, backend: str, device: str) -> None:
+    assert check(data.draw(losses_of("gkd map")), built(data.draw(inputs_of("gkd map")), device), backend) < 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @few(max_examples=4)
 @given(data=st.data())
-def test_gkd_imitations(data: Any, device: str) -> None:
-    assert check(data.draw(losses_of("gkd imitation")), built(data.draw(inputs_of("gkd imitation")), device), "triton") < 1
+def test_gkd_imitations(data: Any, backend: str, device: str) -> None:
+    assert check(data.draw(losses_of("gkd imitation")), built(data.draw(inputs_of("gkd imitation")), device), backend) < 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @few(max_examples=5)
 @given(data=st.data())
-def test_bmfi(data: Any, device: str) -> None:
-    assert check(data.draw(losses_of("bmfi")), built(data.draw(inputs_of("bmfi")), device), "triton") < 1
+def test_bmfi(data: Any, backend: str, device: str) -> None:
+    assert check(data.draw(losses_of("bmfi")), built(data.draw(inputs_of("bmfi")), device), backend) < 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @few(max_examples=3)
 @given(data=st.data())
-def test_several_losses_together(data: Any, device: str) -> None:
-    assert check(data.draw(losses_of("several")), built(data.draw(inputs_of("several")), device), "triton") < 1
+def test_several_losses_together(data: Any, backend: str, device: str) -> None:
+    assert check(data.draw(losses_of("several")), built(data.draw(inputs_of("several")), device), backend) < 1
 
 
 @on_all_kernels

@@ -116,7 +116,7 @@ def test_nothing_is_read_or_asked_twice(tables: Path, monkeypatch: pytest.Monkey
         (KEY, {**CHOSEN, "BLOCK": True}, "whole numbers of 1 or more"),
         (KEY, [512], "whole numbers of 1 or more"),
         (KEY, {**CHOSEN, "num_warps": 6}, "num_warps must be a power of 2"),
-        ("reduce bf16 large", CHOSEN, "expected a key of kernel, dtype, layout, size"),
+        ("reduce bf16 large", CHOSEN, "expected a key of name, dtype, layout, size"),
         ("reduce fp64 contiguous large", CHOSEN, "dtype must be one of fp32, fp16, bf16; got 'fp64'"),
         ("reduce fp32 NHWC large", CHOSEN, "layout must be one of contiguous, channels_last; got 'NHWC'"),
         ("reduce fp32 contiguous huge", CHOSEN, "size must be one of small, medium, large; got 'huge'"),

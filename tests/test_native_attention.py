@@ -1,21 +1,22 @@
-"""The native kernels of `attention`, `weighted_channel_sum` and `shared_read` against the reference in float64: values and gradients.
+"""The native kernels of `attention`, `weighted_channel_sum` and `shared_read`, for the CPU and for CUDA, against the reference in float64.
 
 All three are maps and vectors that one read of the features leaves; the gradients of the first two are one write.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
+import native_support
 import pytest
 import torch
+from attention_support import ACTIVATIONS, PRIMITIVES, SHAPES, Levels, check, flat, of_every_primitive, results_and_gradients, weights_of
+from cuda_support import MACHINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import DTYPES, LAYOUTS, pyramid, relative_error
-from native_support import GRADIENT, VALUE, needs_library, same_everywhere
+from native_support import GRADIENT, VALUE, needs_library
 from torch import Tensor
 
 from kdkernels import functional
@@ -26,76 +27,16 @@ from kdkernels.ops.terms import AttentionTerm
 from kdkernels.ops.terms import fused as fused_terms
 from kdkernels.ops.weighted_channel_sum import fused as fused_sum
 from kdkernels.reference.attention import attention as reference_attention
-from kdkernels.reference.shared_read import shared_read as reference_read
 from kdkernels.reference.terms import terms as reference_terms
-from kdkernels.reference.weighted_channel_sum import weighted_channel_sum as reference_sum
 
 pytestmark = needs_library
 NAN, INF = float("nan"), float("inf")
-#: Rows of no, one and several vectors of 16; one pixel and one channel; more pixels than the 2048 of a band and the 4096 of a sum's block.
-SHAPES = [(2, 20, 9, 11), (2, 3, 7, 11), (2, 1, 1, 1), (2, 8, 4, 6), (2, 5, 67, 71)]
-ACTIVATIONS = list(itertools.product(("raw", "abs"), ("abs", "relu", "none")))
-Levels = Sequence[Tensor]
 
 
-class Primitive(NamedTuple):
-    """kernels, reference: of levels and weights and the options, to a tuple of lists of levels."""
-
-    kernels: Callable[..., tuple[list[Tensor], ...]]
-    reference: Callable[..., tuple[list[Tensor], ...]]
-    options: tuple[Any, ...]
-    differentiable: bool = True
-
-
-def sum_and_extrema(function: Callable[..., Any], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The maps of `weighted_channel_sum` and both extrema as one: a minimum near 0 is what terms as large as the maximum's left."""
-    maps, low, high = function(*args)
-    return maps, [torch.stack(pair) for pair in zip(low, high, strict=True)]
-
-
-PRIMITIVES = {
-    "attention": Primitive(lambda x, w, t: fused_attention("native", x, t), lambda x, w, t: reference_attention(x, t), (0.5,)),
-    "weighted_channel_sum": Primitive(
-        partial(sum_and_extrema, partial(fused_sum, "native")), partial(sum_and_extrema, reference_sum), ("raw", "none")
-    ),
-    "shared_read": Primitive(partial(fused_read, "native"), reference_read, ("raw", "abs", 0.5), False),
-}
-of_every_primitive = pytest.mark.parametrize("name", PRIMITIVES)
-
-
-def weights_of(x: Levels, seed: int = 50) -> list[Tensor]:
-    return pyramid([a.shape[:2] for a in x], seed=seed)
-
-
-def flat(parts: tuple[list[Tensor], ...]) -> list[Tensor]:
-    return [level for part in parts for level in part]
-
-
-def results_and_gradients(
-    function: Callable[..., tuple[list[Tensor], ...]], x: Levels, w: Levels, options: tuple[Any, ...], differentiable: bool
-) -> list[Tensor]:
-    """All levels of all results and, where they have one, the gradients of x for random upstream gradients."""
-    leaves = [a.detach().requires_grad_(differentiable) for a in x]
-    results = flat(function(leaves, w, *options))
-    upstream = [torch.randn(a.shape, generator=torch.Generator().manual_seed(7)).to(a) for a in results]
-    return [*(a.detach() for a in results), *(torch.autograd.grad(results, leaves, upstream) if differentiable else ())]
-
-
-def check(name: str, x: Levels, *options: Any, weights: Levels | None = None) -> list[Tensor]:
-    """Results and gradients, whose strides and type must be x's, against the reference; returns all."""
-    primitive = PRIMITIVES[name]
-    options = options or primitive.options
-    w = weights_of(x) if weights is None else weights
-    found = same_everywhere(lambda: results_and_gradients(primitive.kernels, x, w, options, primitive.differentiable))
-    wide, wide_w = ([a.double().contiguous() for a in levels] for levels in (x, w))
-    want = results_and_gradients(primitive.reference, wide, wide_w, options, primitive.differentiable)
-    count = len(found) - (len(x) if primitive.differentiable else 0)
-    for got, expected in zip(found[:count], want[:count], strict=True):
-        assert got.dtype == torch.float32 and got.shape == expected.shape and relative_error(got, expected) < VALUE
-    for got, expected, a in zip(found[count:], want[count:], x[: len(found) - count], strict=True):
-        assert got.dtype == a.dtype and got.stride() == torch.empty_like(a).stride()
-        assert relative_error(got, expected) < GRADIENT[a.dtype]
-    return found
+@pytest.fixture(autouse=True, params=MACHINES)
+def machine(request):
+    with request.param():
+        yield
 
 
 @of_every_primitive
@@ -109,7 +50,7 @@ def test_types_and_layouts(name, dtype, layout):
 @pytest.mark.parametrize("activation, rectify", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_and_rectifiers(layout, activation, rectify):
-    x = pyramid(SHAPES, layout=layout, seed=1)
+    x = pyramid(SHAPES[:4], layout=layout, seed=1)
     maps = check("weighted_channel_sum", x, activation, rectify)[: len(x)]
     read = check("shared_read", x, activation, rectify, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(maps, read[: len(x)], strict=True))
@@ -182,7 +123,7 @@ def test_what_is_not_finite_shows_in_its_image_only(name, options, bad, layout):
     kernels, _, _, differentiable = PRIMITIVES[name]
     (x,) = pyramid([(3, 4, 5, 6)], layout=layout)
     x[1, 2, 4, 3] = bad
-    found = same_everywhere(lambda: results_and_gradients(kernels, [x], [torch.ones(3, 4)], options, differentiable))
+    found = native_support.same_everywhere(lambda: results_and_gradients(kernels, [x], [torch.ones(3, 4)], options, differentiable))
     if name != "attention":
         raw = found.pop(0)
         assert not raw[1, 4, 3].isfinite() and int((~raw.isfinite()).sum()) == 1
@@ -194,7 +135,7 @@ def test_weights_that_are_not_finite_show_in_their_image_only():
     x, w = pyramid([(2, 4, 5, 6)]), [torch.ones(2, 4)]
     w[0][0, 1] = NAN
     kernels = PRIMITIVES["weighted_channel_sum"].kernels
-    maps, extrema, gradient = same_everywhere(lambda: results_and_gradients(kernels, x, w, ("abs", "abs"), True))
+    maps, extrema, gradient = native_support.same_everywhere(lambda: results_and_gradients(kernels, x, w, ("abs", "abs"), True))
     for a in (maps, extrema.T):
         assert not a[0].isfinite().any() and a[1].isfinite().all()
     assert gradient[1].isfinite().all() and gradient[0, 1].isnan().all()
@@ -244,7 +185,7 @@ def test_the_distance_of_two_attentions(dtype, layout):
     x, teacher = (pyramid(SHAPES, DTYPES[dtype], layout, seed) for seed in (3, 4))
     target = reference_attention([a.double() for a in teacher], 0.7)
     packed = tuple([a.float() for a in part] for part in target)
-    found = same_everywhere(lambda: distance_and_gradients(partial(fused_terms, "native"), x, packed))
+    found = native_support.same_everywhere(lambda: distance_and_gradients(partial(fused_terms, "native"), x, packed))
     want = distance_and_gradients(reference_terms, [a.double() for a in x], target)
     assert relative_error(found[0], want[0]) < VALUE
     for got, expected, a in zip(found[1:], want[1:], x, strict=True):
@@ -255,7 +196,9 @@ def test_the_distance_of_two_attentions(dtype, layout):
 def test_the_distance_of_an_attention_that_is_not_finite_is_nan(bad):
     x, teacher = pyramid([(3, 4, 5, 6)]), pyramid([(3, 4, 5, 6)], seed=1)
     x[0][1, 2, 4, 3] = bad
-    for a in same_everywhere(lambda: distance_and_gradients(partial(fused_terms, "native"), x, reference_attention(teacher, 0.7))):
+    for a in native_support.same_everywhere(
+        lambda: distance_and_gradients(partial(fused_terms, "native"), x, reference_attention(teacher, 0.7))
+    ):
         by_image = a.T if a.dim() == 2 else a
         assert by_image[::2].isfinite().all() and not by_image[1].isfinite().any()
 

@@ -6,32 +6,23 @@ Every comparison also runs with all instructions of the machine and with one thr
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
 from typing import Any
 
+import box_mask_support as support
 import numpy as np
 import pytest
 import torch
+from box_mask_support import PROFILED, SIZES, random_boxes
 from hypothesis import given
 from hypothesis import strategies as st
 from native_support import needs_library, same_everywhere
-from oracle import boxes as box_oracle
 from oracle import cases
-from oracle.compare import RTOL_MASK, assert_close
 from torch import Tensor
 
 from kdkernels import backend, functional
 from kdkernels.ops.box_mask import KINDS
-from kdkernels.reference.box_mask import Boxes
-from kdkernels.reference.box_mask import box_mask as reference
 
 pytestmark = needs_library
-PROFILED = ("gaussian", "exponential")
-SIZES = [(8, 12), (3, 3), (1, 1), (23, 25), (2, 16)]
-#: Of 800 x 1344 pixels at strides 8 to 128.
-PYRAMID = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
-NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
@@ -40,39 +31,12 @@ def chosen(monkeypatch):
     backend.set_backend("native")
 
 
-def check(boxes: Boxes, image_size: Any = cases.IMAGE_SIZE, sizes: Sequence[tuple[int, int]] = SIZES, **options: Any) -> list[Tensor]:
-    """The masks, after their comparison with the reference."""
-    masks = same_everywhere(lambda: functional.box_mask(boxes, image_size, sizes, **options))
-    for level, (got, want) in enumerate(zip(masks, reference(boxes, image_size, sizes, **options), strict=True)):
-        where = f"{options} level {level}"
-        assert got.shape == want.shape and got.dtype == torch.float32, where
-        assert torch.equal(got == 0, want == 0), f"{where}: other cells are covered"
-        if options.get("kind", "gaussian") in PROFILED:
-            # The smallest numbers of fp32 are 1.4e-45 apart.
-            assert bool(((got - want).abs() <= RTOL_MASK * want + 3e-45).all()), where
-        else:
-            assert torch.equal(got, want), where
-    return masks
+def check(*args: Any, **options: Any) -> list[Tensor]:
+    return support.check(same_everywhere, *args, **options)
 
 
-def check_by_loops(boxes: list[Any], image_size: Any, sizes: list[tuple[int, int]], **options: Any) -> list[Tensor]:
-    """`check`, and the comparison with the loops. boxes: (n, 4) float64 arrays of numbers that fp32 has, or lists"""
-    masks = check(cases.box_tensors(boxes), image_size, sizes, **options)
-    for got, want in zip(masks, box_oracle.box_mask(boxes, image_size, sizes, **options), strict=True):
-        assert np.array_equal(got.numpy() > 0, want > 0), f"{options}: other cells are covered"
-        assert_close(got, want, rtol=RTOL_MASK if options["kind"] in PROFILED else 0.0, what=str(options))
-    return masks
-
-
-def random_boxes(seed: int, counts: Sequence[int], image_size: Any, largest: float = 0.9) -> list[np.ndarray]:
-    """Arrays (count, 4), some of whose boxes reach beyond the image or have no area; `largest` side in parts of the image's."""
-    rng = np.random.RandomState(seed)
-    images = []
-    for count in counts:
-        corner = rng.uniform(-0.2, 1.0, (count, 2)) * image_size[::-1]
-        boxes = np.concatenate([corner, corner + rng.uniform(-0.1, 1, (count, 2)) * largest * image_size[::-1]], axis=1)
-        images.append((boxes.round() if rng.rand() < 0.3 else boxes).astype(np.float32).astype(np.float64))
-    return images
+def check_by_loops(*args: Any, **options: Any) -> list[Tensor]:
+    return support.check_by_loops(same_everywhere, *args, **options)
 
 
 @pytest.mark.parametrize(("placement", "expand"), [("centered", 2.0), ("centered", 1.5), ("released", 2.0)])
@@ -118,24 +82,14 @@ def test_any_boxes_by_loops(kind, seed, count, size, image_size, expand):
 def test_edges_on_the_borders_of_cells(kind):
     """There x / width * W is often a rounding error beside the column, and expand * columns halfway between two whole numbers."""
     for width, columns in ((416, 13), (1344, 168), (800, 100)):
-        x = np.arange(1, columns) * width / columns
-        both = [np.stack([0 * x, 0 * x, x, 0 * x + 8], axis=1), np.stack([x, 0 * x, 0 * x + width, 0 * x + 8], axis=1)]
-        one_each = cases.box_tensors(np.concatenate(both)[:, None])
         for expand in (1.1, 1.3, 2.5) if kind in PROFILED else (2.0,):
-            (mask,) = check(one_each, (8, width), [(1, columns)], kind=kind, expand=expand)
+            (mask,) = check(support.one_edge_each(width, columns), (8, width), [(1, columns)], kind=kind, expand=expand)
             assert kind == "background" or bool((mask > 0).any((1, 2)).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_boxes_without_area_and_beyond_the_image(kind):
-    ill = [
-        *([NAN if i == axis else value for i, value in enumerate((1.0, 1.0, 20.0, 20.0))] for axis in range(4)),
-        [40, 10, 20, 30], [10, 10, 10, 30], [200, 10, 300, 30], [-50, -60, -10, -20], [0, 64, 20, 90], [INF, 0, INF, 9], [-INF, 0, -INF, 9],
-        [-0.0, -0.0, 0.0, 9],
-    ]  # fmt: skip
-    beyond = [[-INF, 10, 40, INF], [-5, -5, 500, 3], [1e30, -1e30, INF, 1e30], [90, 60, 1e38, 1e38]]
-    smallest = [[0, 0, 1e-40, 1e-40], [0, 0, 1e-45, 64]]
-    masks = check([torch.tensor(one, dtype=torch.float32) for one in (ill, beyond, smallest)], sizes=[(8, 12), (3, 3)], kind=kind)
+    masks = check(support.ill_boxes(), sizes=[(8, 12), (3, 3)], kind=kind)
     assert all(bool((mask[0] == mask[0, 0, 0]).all()) for mask in masks), "a box without area was drawn"
 
 
@@ -149,10 +103,7 @@ def test_windows_of_any_length(kind, expand):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_and_what_lies_beyond_them(kind):
-    padded = torch.full((5, 4, 4), NAN)
-    padded[:, 3] = torch.tensor([0.0, 0.0, 90.0, 60.0])
-    padded[0, :3], padded[1, :1] = torch.tensor(cases.BOXES[0]), torch.tensor(cases.BOXES[1])
-    counts = torch.tensor([3, 1, 0, -2, 9])
+    padded, counts = support.padded_boxes()
     masks = check((padded, counts), kind=kind)
     assert all(torch.equal(mask[2], mask[3]) for mask in masks)
     for dtype in (torch.int32, torch.int16, torch.int8):
@@ -174,8 +125,8 @@ def test_nothing_to_draw(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_boxes_an_image_in_any_order(kind):
     boxes = cases.box_tensors(random_boxes(0, [100, 100], (800, 1344), largest=0.2))
-    masks = check(boxes, (800, 1344), PYRAMID, kind=kind)
-    turned = functional.box_mask([one.flip(0) for one in boxes], (800, 1344), PYRAMID, kind=kind)
+    masks = check(boxes, (800, 1344), support.PYRAMID, kind=kind)
+    turned = functional.box_mask([one.flip(0) for one in boxes], (800, 1344), support.PYRAMID, kind=kind)
     assert all(torch.equal(a, b) for a, b in zip(masks, turned, strict=True)) and bool(masks[0].any())
 
 
@@ -189,12 +140,9 @@ def test_rows_that_are_longer_than_a_band(kind):
 @pytest.mark.parametrize("kind", ["binary", "assigned"])
 def test_levels_by_area(kind):
     """Boxes below, at and above the areas at which DeFeat's next level begins, more of these than there are levels."""
-    sizes = [(2, 3), (8, 8), (1, 1), (9, 17), (4, 4), (5, 2), (3, 3)]
-    sides = [56 * 2**k - less for k in range(8) for less in (0, 0.1)]
-    boxes = [torch.tensor([[100.0, 50.0, 100 + side, 50 + side]]) for side in sides]
-    masks = check(boxes, (8192, 8192), sizes, kind=kind)
-    levels = [sum(bool(mask[image].any()) for mask in masks) for image in range(len(sides))]
-    assert set(levels) == {1 if kind == "assigned" else len(sizes)}
+    masks = check(support.squares(support.SIDES), (8192, 8192), support.LEVELS, kind=kind)
+    levels = [sum(bool(mask[image].any()) for mask in masks) for image in range(len(support.SIDES))]
+    assert set(levels) == {1 if kind == "assigned" else len(support.LEVELS)}
 
 
 @pytest.mark.parametrize("area_norm", [True, False])
@@ -211,10 +159,7 @@ def test_boxes_of_other_types_and_strides():
     whole = [np.floor(one) for one in cases.BOXES]
     for dtype in (torch.float64, torch.int64, torch.float16):
         assert bool(check(cases.box_tensors(whole, dtype))[0].any())
-    rows = torch.tensor(np.stack([cases.BOXES[0]] * 2)).float().transpose(1, 2).contiguous().transpose(1, 2)
-    counts = torch.tensor([3, 9, 2, 9])[::2]
-    assert not rows.is_contiguous() and not counts.is_contiguous()
-    masks = check((rows, counts))
+    masks = check(support.strided_boxes())
     assert all(torch.equal(a[0], b[0]) for a, b in zip(masks, check(cases.box_tensors()), strict=True))
     required = functional.box_mask([one.requires_grad_() for one in cases.box_tensors()], cases.IMAGE_SIZE, SIZES)
     assert not required[0].requires_grad
@@ -228,26 +173,8 @@ def test_the_operator():
         assert set(checked.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"boxes": torch.zeros(2, 3, 4, dtype=torch.float64)}, "float32"),
-        ({"boxes": torch.zeros(2, 3, 4, dtype=torch.float16)}, "fp32"),
-        ({"boxes": torch.zeros(2, 3, 5)}, r"\(N, M, 4\)"),
-        ({"boxes": torch.zeros(3, 4)}, r"\(N, M, 4\)"),
-        ({"counts": torch.zeros(3, dtype=torch.int64)}, "counts"),
-        ({"image_size": [64.0]}, "image_size"),
-        ({"sizes": [3, 4, 5]}, "sizes"),
-        ({"sizes": [3, -4]}, "level 0"),
-        ({"kind": "circle"}, "circle"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changed", "message"), support.REFUSED, ids=str)
 def test_what_the_library_refuses(changed, message):
-    arguments = {
-        "boxes": torch.zeros(2, 3, 4), "counts": torch.tensor([3, 3]), "image_size": [64.0, 96.0], "sizes": [3, 4], "kind": "gaussian",
-        "expand": 2.0, "released": False, "inner_ones": True, "area_norm": True, **changed,
-    }  # fmt: skip
     with pytest.raises(RuntimeError, match=message) as raised:
-        torch.ops.kdkernels_native.box_mask(**arguments)
+        torch.ops.kdkernels_native.box_mask(**{**support.ARGUMENTS, **changed})
     assert "box_mask" in str(raised.value) or "kdkernels" in str(raised.value)

@@ -1,59 +1,35 @@
-"""The native kernels of `map_distance` against the reference in float64: values and gradients of the student's maps."""
+"""The native kernels of `map_distance`, for the CPU and for CUDA, against the reference in float64: values and the student's gradients."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import native_support
 import pytest
 import torch
-from levels import pyramid, relative_error
-from native_support import GRADIENT, VALUE, needs_library, same_everywhere
+from cuda_support import MACHINES
+from levels import relative_error
+from maps_support import DISTANCES, NORMALIZERS, SHAPES, Maps, check, doubles, kernels, maps, value_and_gradients
+from native_support import GRADIENT, needs_library
 from torch import Tensor
 
-from kdkernels import backend
+from kdkernels import backend, library
 from kdkernels.functional import map_distance as public
-from kdkernels.ops.map_distance import fused
 from kdkernels.ops.terms import MapTerm
 from kdkernels.ops.terms import fused as fused_terms
-from kdkernels.reference.map_distance import map_distance as reference
 from kdkernels.reference.terms import terms as reference_terms
 
 pytestmark = needs_library
 NAN, INF = float("nan"), float("inf")
-NORMALIZERS, DISTANCES = ("minmax", "zscore", "softmax", "none"), ("l1", "mse", "smooth_l1")
-SHAPES = [(2, 5, 7), (2, 1, 1), (2, 1, 67), (2, 4, 4), (2, 3, 16)]
-Maps = Sequence[Tensor]
-kernels = partial(fused, "native")
 
 
-def maps(shapes: Sequence[Sequence[int]], seed: int, scale: float = 1.0) -> list[Tensor]:
-    return [scale * x for x in pyramid(shapes, seed=seed)]
-
-
-def doubles(levels: Maps) -> list[Tensor]:
-    return [x.double() for x in levels]
-
-
-def value_and_gradients(function: Any, m_s: Maps, m_t: Maps, upstream: Tensor, spatial: Maps | None = None, **options: Any) -> list[Tensor]:
-    student = [x.detach().clone().requires_grad_() for x in m_s]
-    rows = function(student, m_t, spatial=spatial, **options)
-    return [rows.detach(), *torch.autograd.grad(rows, student, upstream.to(rows))]
-
-
-def check(m_s: Maps, m_t: Maps, spatial: Maps | None = None, upstream: Tensor | None = None, **options: Any) -> list[Tensor]:
-    """Values and gradients, these in the norm of a level, which the sums at an extremum dominate; returns both."""
-    up = pyramid([(len(m_s), m_s[0].shape[0])], seed=9)[0] if upstream is None else upstream
-    rows, *gradients = same_everywhere(lambda: value_and_gradients(kernels, m_s, m_t, up, spatial, **options))
-    factors = None if spatial is None else doubles(spatial)
-    want, *want_gradients = value_and_gradients(reference, doubles(m_s), doubles(m_t), up, factors, **options)
-    assert rows.dtype == torch.float32 and relative_error(rows, want) < VALUE
-    for level, (got, expected) in enumerate(zip(gradients, want_gradients, strict=True)):
-        assert relative_error(got, expected) < GRADIENT[got.dtype], f"gradient of level {level}: {got} instead of {expected}"
-    return [rows, *gradients]
+@pytest.fixture(autouse=True, params=MACHINES)
+def machine(request):
+    with request.param():
+        yield
 
 
 @pytest.mark.parametrize("normalize", NORMALIZERS)
@@ -134,7 +110,7 @@ def test_what_is_not_finite_shows_in_its_image_only(normalize, side, value):
         given = {"m_s": maps([(2, 4, 5)], 1), "m_t": maps([(2, 4, 5)], 2)}
         given[side][0][1][place] = value
         run = partial(value_and_gradients, kernels, **given, upstream=torch.ones(1, 2), normalize=normalize, distance=distance)
-        rows, gradient = same_everywhere(run)
+        rows, gradient = native_support.same_everywhere(run)
         assert rows[0, 0].isfinite() and gradient[0].isfinite().all()
         assert rows[0, 1].isnan() and gradient[1].isnan().all()
 
@@ -143,7 +119,7 @@ def test_what_is_not_finite_shows_in_its_image_only(normalize, side, value):
 def test_without_normaliser_what_is_not_finite_is_as_in_the_reference(value):
     m_s, m_t = maps([(2, 4, 5)], 1), maps([(2, 4, 5)], 2)
     m_t[0][1, 2, 3] = value
-    (got,) = same_everywhere(lambda: [kernels(m_s, m_t, "none")])
+    (got,) = native_support.same_everywhere(lambda: [kernels(m_s, m_t, "none")])
     assert torch.equal(got.isnan(), torch.tensor([[False, value != value]])) and not got[0, 1].isfinite()
 
 
@@ -195,7 +171,7 @@ def test_the_student_may_be_rectified_when_it_is_read(normalize, rectify):
     ones = [torch.ones(2, 1) for _ in SHAPES]
     for distance, spatial in itertools.product(DISTANCES, (None, weights)):
         options = ("raw", rectify, normalize, distance, 0.02, "relative", 0.5, "nhw")
-        found = same_everywhere(partial(of_term, partial(fused_terms, "native"), m_s, MapTerm(ones, m_t, spatial, *options)))
+        found = native_support.same_everywhere(partial(of_term, partial(fused_terms, "native"), m_s, MapTerm(ones, m_t, spatial, *options)))
         exact = MapTerm(doubles(ones), doubles(m_t), spatial and doubles(spatial), *options)
         for got, want in zip(found, of_term(reference_terms, doubles(m_s), exact), strict=True):
             assert relative_error(got, want) < GRADIENT[torch.float32]
@@ -221,15 +197,15 @@ def test_a_rectified_map_keeps_what_is_not_finite(bad):
         ({"distance": "cosine"}, "unknown distance 'cosine'"),
         ({"average": "c"}, "unknown average 'c'"),
         ({"pixels": [2, 0]}, "a map without pixels"),
-        ({"pixels": [3]}, "expected 3 contiguous float32 elements"),
-        ({"spatial": torch.zeros(1)}, "expected 2 contiguous float32 elements"),
+        ({"pixels": [3]}, "expected 3 contiguous"),
+        ({"spatial": torch.zeros(1)}, "expected 2 contiguous"),
     ],
 )
 def test_the_operator_refuses_what_it_does_not_know(changes, words):
     options = {"normalize": "minmax", "normalize_t": "none", "distance": "l1", "eps": 1e-6, "relative": True, "temperature": 0.5}
     given = {"m_s": torch.zeros(2), "m_t": torch.zeros(2), "spatial": None, "images": 1, "pixels": [2], **options, "average": "n"}
     with pytest.raises(RuntimeError, match=words) as raised:
-        torch.ops.kdkernels_native.map_distance(**{**given, **changes})
+        library._kernel("native", "map_distance", "map_distance")(**{**given, **changes})
     assert raised.value
 
 

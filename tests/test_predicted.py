@@ -55,7 +55,7 @@ def recording(entry: Entry, case: Case, mode: str) -> Iterator[tuple[str, float]
     given = sample(entry, inputs, mode, [x.shape for x in flat(entry.eager(**inputs))], generator)
     with (
         mock.patch.object(backend, "_choice", "triton"),
-        mock.patch.object(backend, "_refusal", lambda *_: ""),
+        mock.patch.object(backend, "refusal", lambda *_: ""),
         recorded(90, lambda kernel: False) as made,
         OfPyTorch(made),
     ):

@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+import kdkernels.tables
+from benchmarks import tables
 from benchmarks.cli import main
 from benchmarks.registry import DTYPES, LAYOUTS, Case
 from benchmarks.tune import calls, run
@@ -105,17 +107,15 @@ def entry(parameters: Mapping[str, int] | None) -> dict[str, Any]:
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    monkeypatch.setattr(run, "provenance", lambda device, seed: {"time": "then"})
+    monkeypatch.setattr(tables, "provenance", lambda device, seed: {"time": "then"})
     return [(launch.Key("reduce", dtype, "contiguous", "small"), Case("tiny")) for dtype in ("fp32", "bf16", "fp16")]
 
 
-def tuned(keys: Any, output: Path, again: bool = False) -> int:
-    return run.tune(keys, run.opened(output, (9, 0)), output, CPU, lambda calls: [], 30, again)
+def tuned(keys: Any, output: Path, measured: tables.Measured, again: bool = False) -> int:
+    return tables.add(keys, tables.opened(launch.TABLE, output, (9, 0)), output, CPU, measured, run.summary, again)
 
 
-def test_finished_entries_are_kept_and_the_rest_goes_on(
-    keys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_entries_are_kept_and_the_rest_goes_on(keys: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deep" / "table.json"
     done: list[str] = []
 
@@ -125,32 +125,28 @@ def test_finished_entries_are_kept_and_the_rest_goes_on(
         done.append(key.dtype)
         return entry({"BLOCK": len(done)})
 
-    monkeypatch.setattr(run, "measured", measured)
     tuned_before = False
-    assert tuned(keys, output) == 130
+    assert tuned(keys, output, measured) == 130
     assert "goes on from there" in capsys.readouterr().err
     tuned_before = True
-    assert tuned(keys, output) == 0 and done == ["fp32", "bf16", "fp16"]
+    assert tuned(keys, output, measured) == 0 and done == ["fp32", "bf16", "fp16"]
     told = capsys.readouterr().err
     assert "2 entries to measure, 1 are there" in told and "[2/2] reduce fp16 contiguous small: BLOCK=3 beats" in told
     table = launch.read(output)
     assert [(e["parameters"]["BLOCK"], e["run"]) for e in table["entries"].values()] == [(1, 0), (2, 1), (3, 1)]
     assert table["runs"] == [{"time": "then"}] * 2
-    assert tuned(keys, output) == 0 and len(done) == 3
-    assert tuned(keys, output, again=True) == 0 and len(done) == 6
+    assert tuned(keys, output, measured) == 0 and len(done) == 3
+    assert tuned(keys, output, measured, again=True) == 0 and len(done) == 6
     assert list(tmp_path.rglob("*.*")) == [output]
 
 
-def test_what_cannot_be_measured_costs_only_itself(
-    keys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_measured_costs_only_itself(keys: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def measured(key: Any, *_: Any) -> dict[str, Any]:
         if key.dtype == "bf16":
             raise RuntimeError("out of memory")
         return entry(None)
 
-    monkeypatch.setattr(run, "measured", measured)
-    assert tuned(keys, tmp_path / "table.json") == 1
+    assert tuned(keys, tmp_path / "table.json", measured) == 1
     told = capsys.readouterr().err
     assert "reduce bf16 contiguous small: failed: RuntimeError: out of memory" in told and "the heuristic stays" in told
     assert launch.read(tmp_path / "table.json")["entries"].keys() == {"reduce fp32 contiguous small", "reduce fp16 contiguous small"}
@@ -160,10 +156,10 @@ def test_a_file_that_is_no_table_or_another_chips_is_left_alone(tmp_path: Path) 
     output = tmp_path / "table.json"
     output.write_text("[]")
     with pytest.raises(ValueError, match="table.json: no table"):
-        run.opened(output, (9, 0))
-    run.write(output, {"schema": 1, "capability": [8, 0], "runs": [], "entries": {}})
+        tables.opened(launch.TABLE, output, (9, 0))
+    tables.write(output, {"schema": 1, "capability": [8, 0], "runs": [], "entries": {}})
     with pytest.raises(ValueError, match=r"capability \[8, 0\], this GPU has \[9, 0\]"):
-        run.opened(output, (9, 0))
+        tables.opened(launch.TABLE, output, (9, 0))
     assert json.loads(output.read_text())["capability"] == [8, 0]
 
 
@@ -200,15 +196,15 @@ def test_the_command_measures_what_was_asked_for_on_this_gpu(
 ) -> None:
     seen: list[Any] = []
 
-    def tune(*given: Any) -> int:
+    def add(*given: Any) -> int:
         seen.append(given)
         return 0
 
     monkeypatch.setattr(run, "refusal", lambda device: "")
-    monkeypatch.setattr(run, "tune", tune)
+    monkeypatch.setattr(tables, "add", add)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr("benchmarks.measure.clock.Clock", lambda device: SimpleNamespace(measure=None))
-    monkeypatch.setattr(launch, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(kdkernels.tables, "capability", lambda index: (9, 0))
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert main(["tune", "--device", "cpu", "--kernel", "gradient", "--dtype", "bf16", "--layout", "contiguous"]) == 0
@@ -216,7 +212,7 @@ def test_the_command_measures_what_was_asked_for_on_this_gpu(
     assert [str(key) for key, _ in found] == [f"gradient bf16 contiguous {size}" for size in launch.SIZES]
     assert output == tmp_path / "sm_90.json" and launch.read(output) == table
     other = tmp_path / "other.json"
-    run.write(other, {**table, "capability": [8, 0]})
+    tables.write(other, {**table, "capability": [8, 0]})
     assert main(["tune", "--device", "cpu", "--output", str(other)]) == 2
     assert "choose another --output" in capsys.readouterr().err and len(seen) == 1
 
@@ -247,11 +243,11 @@ def test_a_winner_is_found_on_the_kernels_and_then_used(kernel: str, layout: str
         return [0.5 if changes == other else 1.0 for _ in timed]
 
     key = launch.Key(kernel, "fp16", layout, "small")
-    found = run.measured(key, case, device, measure, 8, "now")  # type: ignore[arg-type]
+    found = run.measured(key, case, "now", device, measure, 8)  # type: ignore[arg-type]
     assert found["dropped"] == 0 and found["parameters"] == {**found["heuristic"], **other} and found["ratio"]["verdict"] == "faster"
     assert set(found["parameters"]) == set(found["heuristic"]) and found["shapes"] == [(2, 8, 6, 8), (2, 8, 3, 5)]
     monkeypatch.setattr(launch, "TABLES", tmp_path)
-    run.write(launch.path((9, 0)), {"schema": 1, "capability": [9, 0], "runs": [{}], "entries": {str(key): {**found, "run": 0}}})
+    tables.write(launch.path((9, 0)), {"schema": 1, "capability": [9, 0], "runs": [{}], "entries": {str(key): {**found, "run": 0}}})
     launch._CHECKED.clear()
     launch._table.cache_clear()
     monkeypatch.setattr(launch, "capability", lambda index: (9, 0))
@@ -265,7 +261,7 @@ def test_a_winner_is_found_on_the_kernels_and_then_used(kernel: str, layout: str
 
 
 def test_cases_stand_for_the_sizes_of_the_table() -> None:
-    assert [run.size(case) for case in run.CASES.values()] == list(launch.SIZES)
+    assert [run.size(case) for case in tables.CASES.values()] == list(launch.SIZES)
 
 
 @pytest.mark.gpu

@@ -156,5 +156,5 @@ def _method(i: Inputs, entry: Entry, mode: str) -> None:
     if "teacher_losses" in needs:
         given["teacher_losses"] = torch.ones(1, i.case.batch)
     arriving = i.pyramid() if mode == "inline" else []
-    with mock.patch.object(backend, "_choice", "triton"), mock.patch.object(backend, "_refusal", lambda *_: ""):
+    with mock.patch.object(backend, "_choice", "triton"), mock.patch.object(backend, "refusal", lambda *_: ""):
         bind(entry, entry.call, mode, own=True)(Sample(given, [torch.ones(())], arriving))

@@ -1,4 +1,4 @@
-"""What is in a cubin: registers and local memory, and the machine instructions, told by the tools inside Triton's wheel."""
+"""What is in a cubin: registers and local memory, and the machine instructions, told by cuobjdump; Triton's wheel has it."""
 
 from __future__ import annotations
 
@@ -11,47 +11,81 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from triton import knobs
-
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
 _NAME = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 #: Arithmetic in fp64, conversions from and to it, and its reciprocals.
 _FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|\w+\..*\bF64\b|MUFU\.\w*64H")
+#: On memory of any kind, and by the bulk copy engine.
+_ATOMIC = re.compile(r"(U?(ATOM|RED)(G|S|AS|GR)?|U(BLK|TMA)REDG?)(\.|$)")
+_COUNTING = re.compile(r"\w+\.(?:\w+\.)*(ADD|INC|DEC)\b(?!.*\bB?F(16|32|64))")
+#: Copies of whole blocks of memory, which one thread starts and the copy engine makes.
+_BULK = re.compile(r"U(BLKCP|TMALDG|TMASTG)\b")
 
 
 @dataclass(frozen=True)
-class Binary:
-    """registers: a thread's;   local: bytes of local memory a thread, which are spills where a kernel declares no arrays
+class Instructions:
+    """Numbers of instructions, in all bodies of a kernel.
 
-    fp64, atomics: instructions;   loads, stores: bytes -> instructions on global memory, all bodies of the kernel
+    fp64:     arithmetic and conversions;   bulk: copies by the copy engine
+    atomics:  on memory of any kind;   counters: those of them that add to a whole number
+    local_loads, local_stores: of local memory, which spilled registers and indexed arrays lie in
+    loads, stores: of global memory, and of memory of a kind that the compiler could not tell; bytes -> instructions
     """
 
-    registers: int
-    local: int
     fp64: int
     atomics: int
+    counters: int
+    bulk: int
+    local_loads: int
+    local_stores: int
     loads: dict[int, int]
     stores: dict[int, int]
 
 
+@dataclass(frozen=True)
+class Binary:
+    """registers: a thread's;   local: bytes of local memory a thread, which are spills where a kernel declares no arrays"""
+
+    registers: int
+    local: int
+    instructions: Instructions
+
+
 @cache
 def inspect(cubin: bytes) -> Binary:
-    """Needs no GPU and no CUDA toolkit."""
+    """Of one of Triton's kernels. Needs no GPU and no CUDA toolkit."""
+    from triton import knobs
+
+    tool = knobs.nvidia.cuobjdump.path
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = _USAGE.search(_cuobjdump(["--dump-resource-usage", str(file)]))
-        names = Counter(_NAME.findall(_cuobjdump(["-sass", str(file)])))
-    assert usage is not None and names, "cuobjdump's answer is not understood"
-    spilled = sum(count for name, count in names.items() if name.split(".")[0] in ("LDL", "STL"))
-    return Binary(
-        registers=int(usage[1]),
-        # A stack that nobody touches would not be slow; one that is touched shows up in both.
-        local=max(int(usage[2]), int(usage[3]), 4 * bool(spilled)),
-        fp64=sum(count for name, count in names.items() if _FP64.match(name)),
-        atomics=sum(count for name, count in names.items() if name.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG", "UREDGR")),
-        loads=_widths(names, ("LDG", "LDGSTS")),
-        stores=_widths(names, ("STG",)),
+        usage = USAGE.search(cuobjdump(tool, ["--dump-resource-usage", str(file)]))
+        found = counted(cuobjdump(tool, ["-sass", str(file)]))
+    assert usage is not None and found is not None, "cuobjdump's answer is not understood"
+    spilled = found.local_loads + found.local_stores
+    # A stack that nobody touches would not be slow; one that is touched shows up in both.
+    return Binary(int(usage["registers"]), max(int(usage["stack"]), int(usage["local"]), 4 * bool(spilled)), found)
+
+
+def counted(sass: str) -> Instructions | None:
+    """The instructions of a disassembled kernel; None where there are none."""
+    names = Counter(_NAME.findall(sass))
+
+    def number(pattern: re.Pattern[str], among: re.Pattern[str] | None = None) -> int:
+        return sum(count for name, count in names.items() if pattern.match(name) and (among is None or among.match(name)))
+
+    if not names:
+        return None
+    return Instructions(
+        fp64=number(_FP64),
+        atomics=number(_ATOMIC),
+        counters=number(_COUNTING, _ATOMIC),
+        bulk=number(_BULK),
+        local_loads=sum(_widths(names, ("LDL",)).values()),
+        local_stores=sum(_widths(names, ("STL",)).values()),
+        loads=_widths(names, ("LDG", "LDGSTS", "LD")),
+        stores=_widths(names, ("STG", "ST")),
     )
 
 
@@ -67,5 +101,11 @@ def _widths(names: Counter[str], kinds: Sequence[str]) -> dict[int, int]:
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
-def _cuobjdump(options: Sequence[str]) -> str:
-    return subprocess.run([knobs.nvidia.cuobjdump.path, *options], capture_output=True, text=True, check=True).stdout
+def by_width(widths: dict[int, int]) -> dict[str, int]:
+    """As JSON has it: text for keys."""
+    return {str(width): count for width, count in sorted(widths.items())}
+
+
+def cuobjdump(tool: str, options: Sequence[str]) -> str:
+    """What the tool prints. Raises CalledProcessError where it fails."""
+    return subprocess.run([tool, *options], capture_output=True, text=True, errors="replace", check=True).stdout

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import DTYPES
 from .capture import Launch, is_pyramid
-from .disassembly import inspect
+from .disassembly import by_width, inspect
 from .ptx import Access, Program, Value
 
 Record = dict[str, Any]
@@ -50,11 +50,11 @@ def record(launch: Launch, capability: int, layout: str) -> Record:
         "registers": binary.registers,
         "local": binary.local,
         "shared": compiled.metadata.shared,
-        "fp64": binary.fp64 + compiled.asm["ptx"].count(".f64"),
-        "atomics": binary.atomics,
+        "fp64": binary.instructions.fp64 + compiled.asm["ptx"].count(".f64"),
+        "atomics": binary.instructions.atomics,
         "levels": levels,
-        "text": _by_width(everything),
-        "machine": {"loads": _text(binary.loads), "stores": _text(binary.stores)},
+        "text": _widths(everything),
+        "machine": {"loads": by_width(binary.instructions.loads), "stores": by_width(binary.instructions.stores)},
         "unknown": sum(level.pop("unknown") for level in levels),
         "seconds": round(launch.seconds, 2),
     }
@@ -106,7 +106,7 @@ def _level(program: Program, values: list[Value], pyramids: dict[int, Tensor], p
     return {
         "shape": list(shapes.pop()) if shapes else None,
         "itemsize": min((level.element_size() for level in mine), default=None),
-        **{place: _text({bytes: count for (at, bytes), count in found.items() if at == place}) for place in places},
+        **{place: by_width({bytes: count for (at, bytes), count in found.items() if at == place}) for place in places},
         "unknown": sum(not access.arguments for accesses in reached for access in accesses),
     }
 
@@ -141,12 +141,8 @@ def _flat(values: Sequence[Any], types: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
-def _by_width(accesses: Sequence[Access]) -> Record:
+def _widths(accesses: Sequence[Access]) -> Record:
     found = {False: Counter[int](), True: Counter[int]()}
     for access in accesses:
         found[access.store][access.bytes] += 1
-    return {"loads": _text(found[False]), "stores": _text(found[True])}
-
-
-def _text(widths: dict[int, int]) -> dict[str, int]:
-    return {str(width): count for width, count in sorted(widths.items())}
+    return {"loads": by_width(found[False]), "stores": by_width(found[True])}

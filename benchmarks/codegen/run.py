@@ -120,6 +120,6 @@ def to_json(results: dict[str, Any]) -> str:
     """A line a record, for `git diff`."""
     short = partial(json.dumps, separators=(",", ":"))
     lines = [f"{short(name)}:{short(value)}" for name, value in results.items() if not isinstance(value, list)]
-    for name in ("kernels", "operators"):
+    for name in (name for name, value in results.items() if isinstance(value, list)):
         lines.append(f"{short(name)}:[\n" + ",\n".join(map(short, results[name])) + "\n]")
     return "{" + ",\n".join(lines) + "}\n"

@@ -36,7 +36,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 def page(results: Mapping[str, Any]) -> str:
     """Markdown of docs/benchmarks/codegen.md."""
-    versions, chips = results["versions"], _chips(results["kernels"])
+    versions = results["versions"]
     commit = "unknown" if results["commit"] is None else results["commit"][:10] + (" with changes" if results["dirty"] else "")
     parts = [
         "# What the compiler makes of the Triton kernels\n",
@@ -44,7 +44,7 @@ def page(results: Mapping[str, Any]) -> str:
         f"launch is compiled. Triton {versions['triton']}, torch {versions['torch']}, Python {versions['python']}, commit {commit}, "
         f"{results['time'][:10]}; another Triton gives other numbers. Compile seconds are those of {results['cpu']}.\n",
         f"Inputs are the P3..P7 of 800 x 1344 pixels with 256 channels, two images. Where a cell has several values, they are of "
-        f"{', '.join(chips)}, in this order.\n",
+        f"{', '.join(chips(results['kernels']))}, in this order.\n",
         "- rows: type and layout of the features, what the version is compiled for (words in capitals are constants of the kernel that its "
         "file explains), and the tensors that not all versions take. `PLACES` of `gradient` are, for product, sign and error, the places "
         "of the vectors along the outer and the inner axis; -1 stands for none, -2 where the summand is absent.\n"
@@ -54,20 +54,22 @@ def page(results: Mapping[str, Any]) -> str:
         "last program of every level: counted is what these can reach, with the levels' H x W in front where they differ. An access that "
         "is reached may still be masked off; one that is not reached is never made. That the assembler has kept the wide ones is told by "
         "their number in the machine code.\n"
-        f"- Checked: no local memory, no fp64, no atomics, at most {OTHERS} registers{_exceptions(REGISTERS)}; in `gradient` loads and "
+        f"- Checked: no local memory, no fp64, no atomics, at most {OTHERS} registers{exceptions(REGISTERS)}; in `gradient` loads and "
         f"stores of {WIDE} bytes on every level whose image is a multiple of them; in `reduce` loads of {WIDE} bytes on every level whose "
-        f"rows (H x W, channels_last C) are; versions over all sizes at most {OTHER_VARIANTS}{_exceptions(VARIANTS)}; at most "
+        f"rows (H x W, channels_last C) are; versions over all sizes at most {OTHER_VARIANTS}{exceptions(VARIANTS)}; at most "
         f"{COLD_SECONDS:g} s to compile all kernels of a call.\n",
         *map(to_markdown, tables(results)),
     ]
     return "\n".join(parts)
 
 
-def _exceptions(ceilings: Mapping[str, int]) -> str:
+def exceptions(ceilings: Mapping[str, int]) -> str:
+    """ " (name 6, other 10)", for behind the number of the rest."""
     return f" ({', '.join(f'{name} {most}' for name, most in ceilings.items())})" if ceilings else ""
 
 
-def _chips(kernels: Iterable[Record]) -> list[str]:
+def chips(kernels: Iterable[Record]) -> list[str]:
+    """Those that kernels were compiled for, in order."""
     return [f"sm_{chip}" for chip in sorted({kernel["capability"] for kernel in kernels})]
 
 
@@ -90,7 +92,7 @@ def _kernels(name: str, kernels: list[Record]) -> Table:
             number += 1
             label = f"{label.partition(' #')[0]} #{number}"
         rows.setdefault(label, []).append(kernel)
-    return Table(f"{name}, {', '.join(_chips(kernels))}", COLUMNS, [[label, *_cells(of_row)] for label, of_row in rows.items()])
+    return Table(f"{name}, {', '.join(chips(kernels))}", COLUMNS, [[label, *_cells(of_row)] for label, of_row in rows.items()])
 
 
 def _parameters_that_differ(kernels: list[Record]) -> set[str]:
@@ -105,13 +107,13 @@ def _parameters_that_differ(kernels: list[Record]) -> set[str]:
 
 def _cells(kernels: list[Record]) -> list[str]:
     kernels = sorted(kernels, key=lambda kernel: kernel["capability"])
-    counts = [_side_by_side(str(kernel[field]) for kernel in kernels) for field in ("registers", "local", "shared", "fp64")]
+    counts = [side_by_side(str(kernel[field]) for kernel in kernels) for field in ("registers", "local", "shared", "fp64")]
     ways = ("loads", "stores", "other_loads", "other_stores")
     seconds = " / ".join(f"{kernel['seconds']:.1f}" for kernel in kernels)
-    return [*counts, *(_side_by_side(_accesses(kernel["levels"], way) for kernel in kernels) for way in ways), seconds]
+    return [*counts, *(side_by_side(_accesses(kernel["levels"], way) for kernel in kernels) for way in ways), seconds]
 
 
-def _side_by_side(values: Iterable[str]) -> str:
+def side_by_side(values: Iterable[str]) -> str:
     """All values, or one if they are the same."""
     found = list(values)
     return " / ".join(found) if len(set(found)) > 1 else found[0]
@@ -121,11 +123,16 @@ def _accesses(levels: list[Record], way: str) -> str:
     """ "4 x 16", where levels differ with their H x W in front."""
     groups: dict[str, list[str]] = {}
     for level in levels:
-        text = ", ".join(f"{count} x {width}" for width, count in sorted(level[way].items(), key=lambda item: -int(item[0])))
+        text = widths(level[way])
         groups.setdefault(text or "none", []).append(str(prod(level["shape"][2:])) if level["shape"] else "")
     if len(groups) == 1:
         return next(iter(groups)).replace("none", "")
     return "; ".join(f"{' '.join(sizes)}: {text}" for text, sizes in groups.items())
+
+
+def widths(counts: Mapping[str, int]) -> str:
+    """ "4 x 16, 1 x 4", the widest first."""
+    return ", ".join(f"{count} x {width}" for width, count in sorted(counts.items(), key=lambda item: -int(item[0])))
 
 
 def _operators(results: Mapping[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 
+from ..codegen.native.table import page as native_codegen_page
 from ..codegen.table import page as codegen_page
 from ..registry import Case
 from . import scaling
@@ -166,8 +167,9 @@ def filled(text: str) -> str:
 
 def main() -> None:
     write(result_files(RESULTS.parent), PICTURES)
-    compiled = json.loads((RESULTS.parent / "codegen.json").read_text(encoding="utf-8"))
-    (PICTURES / "codegen.md").write_text(codegen_page(compiled), encoding="utf-8")
+    for name, compiled_page in (("codegen", codegen_page), ("native-codegen", native_codegen_page)):
+        compiled = json.loads((RESULTS.parent / f"{name}.json").read_text(encoding="utf-8"))
+        (PICTURES / f"{name}.md").write_text(compiled_page(compiled), encoding="utf-8")
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

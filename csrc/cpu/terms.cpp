@@ -1,7 +1,7 @@
 // `terms`: a map's distance, an attention's distance and imitations of one target, from one read of the student and one gradient write.
-// Rows of the result, those that are wanted: the map's, the attention's over pixels and over channels, one an imitation.
+#include "../include/terms.h"
+
 #include <algorithm>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,58 +17,13 @@ namespace {
 // alone.
 constexpr int64_t CACHED = int64_t{16} << 20;
 
-// The operators' arguments besides the options. t: empty without imitations;   factors: (rows, L, N);   the others: packed fp32
-struct Operands {
-  std::vector<Tensor> s, t;
-  std::optional<Tensor> weights, map_t, map_spatial, attention_spatial, attention_channel, channel;
-  std::vector<Tensor> spatial;
-  std::optional<Tensor> factors;
-};
-
-struct Options {
-  bool absolute;
-  MapOptions map;
-  std::string average;
-  double temperature;
-  int64_t imitations;
-  std::vector<double> scales;
-};
-
-// What the backward reads again: packed maps and vectors, empty when not wanted, and (3, L, N, STATE).
-struct Saved {
-  float *raw, *magnitude, *channel_sums, *state;
-};
-
-class Terms {
+class Terms : public TermsCall {
  public:
-  Terms(const Operands& operands, const Options& options)
-      : operands_(operands),
-        options_(options),
-        s_(operands.s),
-        t_(operands.t, operands.t.empty() ? nullptr : &s_),
-        places_(s_),
-        images_(all_images(s_).last),
-        weights_(floats(operands.weights, s_.vectors())),
-        map_t_(floats(operands.map_t, s_.maps())),
-        map_spatial_(floats(operands.map_spatial, s_.maps())),
-        attention_spatial_(floats(operands.attention_spatial, s_.maps())),
-        attention_channel_(floats(operands.attention_channel, s_.vectors())),
-        channel_(floats(operands.channel, s_.vectors())),
-        factors_(floats(operands.factors, rows() * images_)),
-        attention_row_(has_map()),
-        imitation_row_(attention_row_ + (attends() ? 2 : 0)) {
-    STD_TORCH_CHECK(options.imitations == 0 || (options.imitations > 0 && t_.size() > 0), "imitations need a target");
-    STD_TORCH_CHECK(operands.map_t.has_value() == has_map() && operands.attention_channel.has_value() == attends() &&
-                        rows() == imitation_row_ + options.imitations,
-                    "operands and scales do not fit");
-    for (const Tensor& spatial : operands.spatial) spatial_.push_back(floats(spatial, s_.maps()));
-    STD_TORCH_CHECK(spatial_.empty() || static_cast<int64_t>(spatial_.size()) == options.imitations, "spatial weights: one an imitation");
-    for (size_t level = 0; level < s_.size(); ++level) divisors_.push_back(divisor_of(options.average, s_.images(), s_[level].pixels));
-  }
+  Terms(const TermsOperands& operands, const TermsOptions& options) : TermsCall(operands, options), places_(s_) {}
 
   // Rows and what the backward needs, without a gradient.
   std::vector<Tensor> forward() {
-    const std::vector<Tensor> results = new_results();
+    const std::vector<Tensor> results = new_rows();
     const Saved saved = saved_of({results.begin() + 1, results.end()});
     const Tensor error = new_floats({options_.imitations > 0 ? s_.maps() : 0});
     read(saved, floats(error), {0, images_});
@@ -78,47 +33,44 @@ class Terms {
 
   // The same of at most one imitation, and the gradients for upstream gradients of 1: the imitation's values come with these.
   std::vector<Tensor> forward_with_gradient() {
-    STD_TORCH_CHECK(options_.imitations <= 1, "values of several imitations do not come with their gradient");
-    std::vector<Tensor> results = new_results();
+    std::vector<Tensor> results = new_rows();
+    float *const values = floats(results[0]), *const imitation = imitation_row_of(results[0]);
     const Saved saved = saved_of({results.begin() + 1, results.end()});
     Results out(operands_.s, s_);
-    float* const values = floats(results[0]);
     for (const Images& group : groups()) {
       read(saved, nullptr, group);
       evaluate(values, saved, nullptr, 0, group);
-      write(nullptr, saved, nullptr, out, options_.imitations > 0 ? values + imitation_row_ * images_ : nullptr, group);
+      write(nullptr, saved, nullptr, out, imitation, group);
     }
     for (Tensor& gradient : out.finish()) results.push_back(std::move(gradient));
     return results;
   }
 
-  // Gradients for the upstream gradients grad (rows, L, N), with `arriving` added.
-  void backward(const Tensor& grad, const std::vector<Tensor>& saved, const Pyramid* arriving, const Results& out) {
-    write(floats(grad, rows() * images_), saved_of(saved), arriving, out, nullptr, {0, images_});
+  // Gradients for the upstream gradients grad (rows, L, N), with `arriving` added, which may be none.
+  std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& saved, const std::vector<Tensor>& arriving) {
+    const Pyramid added(arriving, arriving.empty() ? nullptr : &s_);
+    Results out(operands_.s, s_);
+    write(upstream_of(grad), saved_of(saved), arriving.empty() ? nullptr : &added, out, nullptr, {0, images_});
+    return out.finish();
   }
 
-  const Pyramid& s() const { return s_; }
+  // Makes those for upstream gradients of 1 right for `grad`, in place.
+  void correct(const std::vector<Tensor>& gradients, const Tensor& grad, const std::vector<Tensor>& saved) {
+    const float* const d = upstream_of(grad);
+    // Right already.
+    if (std::all_of(d, d + grad.numel(), [](float x) { return x == 1.0f; })) return;
+    Results out = Results::again(gradients, s_);
+    write(d, saved_of(saved), nullptr, out, nullptr, {0, images_});
+    out.finish();
+  }
 
  private:
-  // Not by their pointers, which are null where there are no images.
-  bool has_map() const { return operands_.weights.has_value(); }
-  bool attends() const { return operands_.attention_spatial.has_value(); }
-  int64_t rows() const { return static_cast<int64_t>(options_.scales.size()); }
-
-  std::vector<Tensor> new_results() const {
-    const int64_t levels = static_cast<int64_t>(s_.size());
-    Tensor state = new_floats({3, levels, s_.images(), STATE});
-    // Each row uses some of it; the rest is not to differ from run to run.
+  std::vector<Tensor> new_rows() const {
+    const std::vector<Tensor> results = new_results();
+    // Each row uses some of the state; the rest is not to differ from run to run.
+    Tensor state = results.back();
     torch::stable::zero_(state);
-    return {new_floats({rows(), levels, s_.images()}), new_floats({has_map() ? s_.maps() : 0}),
-            new_floats({attends() ? s_.maps() : 0}), new_floats({attends() ? s_.vectors() : 0}), state};
-  }
-
-  Saved saved_of(const std::vector<Tensor>& tensors) const {
-    STD_TORCH_CHECK(tensors.size() == 4, "expected four saved tensors");
-    const int64_t counts[] = {has_map() ? s_.maps() : 0, attends() ? s_.maps() : 0, attends() ? s_.vectors() : 0, 3 * images_ * STATE};
-    for (int k = 0; k < 4; ++k) floats(tensors[k], counts[k]);
-    return {floats(tensors[0]), floats(tensors[1]), floats(tensors[2]), floats(tensors[3])};
+    return results;
   }
 
   // Runs of images whose features stay in the cache from their read to their write.
@@ -259,73 +211,10 @@ class Terms {
 
   static const float* from(const float* packed, int64_t place) { return packed != nullptr ? packed + place : nullptr; }
 
-  const Operands& operands_;
-  const Options& options_;
-  const Pyramid s_, t_;
   const Places places_;
-  // Images of all levels.
-  const int64_t images_;
-  const float *const weights_, *const map_t_, *const map_spatial_, *const attention_spatial_, *const attention_channel_, *const channel_,
-      *const factors_;
-  // The attention's first row, behind that of the map, and the first imitation's.
-  const int64_t attention_row_, imitation_row_;
-  std::vector<const float*> spatial_;
-  // Of the map's distance, a level.
-  std::vector<float> divisors_;
 };
-
-// The arguments that all four operators end with.
-#define KD_PARAMETERS                                                                                                                    \
-  std::vector<Tensor> s, std::vector<Tensor> t, std::optional<Tensor> weights, std::optional<Tensor> map_t,                              \
-      std::optional<Tensor> map_spatial, std::optional<Tensor> attention_spatial, std::optional<Tensor> attention_channel,               \
-      std::optional<Tensor> channel, std::vector<Tensor> spatial, std::optional<Tensor> factors, bool absolute, std::string rectify,     \
-      std::string normalize, std::string normalize_t, std::string distance, double eps, bool relative, double map_temperature,           \
-      std::string average, double temperature, int64_t imitations, std::vector<double> scales
-#define KD_PARSED                                                                                                                        \
-  const Operands operands{s, t, weights, map_t, map_spatial, attention_spatial, attention_channel, channel, spatial, factors};           \
-  const Options options{absolute,                                                                                                        \
-                        {rectify_of(rectify), normalize_of(normalize), normalize_of(normalize_t), distance_of(distance),                 \
-                         static_cast<float>(eps), relative, static_cast<float>(map_temperature)},                                        \
-                        average,                                                                                                         \
-                        temperature,                                                                                                     \
-                        imitations,                                                                                                      \
-                        scales};                                                                                                         \
-  Terms made(operands, options)
-
-std::vector<Tensor> terms(KD_PARAMETERS) {
-  KD_PARSED;
-  return made.forward();
-}
-
-std::vector<Tensor> terms_with_gradient(KD_PARAMETERS) {
-  KD_PARSED;
-  return made.forward_with_gradient();
-}
-
-std::vector<Tensor> terms_backward(Tensor grad, std::vector<Tensor> saved, std::vector<Tensor> arriving, KD_PARAMETERS) {
-  KD_PARSED;
-  const Pyramid added(arriving, arriving.empty() ? nullptr : &made.s());
-  Results out(s, made.s());
-  made.backward(grad, saved, arriving.empty() ? nullptr : &added, out);
-  return out.finish();
-}
-
-void terms_correct_gradient(std::vector<Tensor> gradients, Tensor grad, std::vector<Tensor> saved, KD_PARAMETERS) {
-  KD_PARSED;
-  const float* d = floats(grad, grad.numel());
-  // Right already.
-  if (std::all_of(d, d + grad.numel(), [](float x) { return x == 1.0f; })) return;
-  Results out = Results::again(gradients, made.s());
-  made.backward(grad, saved, nullptr, out);
-  out.finish();
-}
 
 }  // namespace
 }  // namespace kd
 
-STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
-  m.impl("terms", TORCH_BOX(&kd::terms));
-  m.impl("terms_with_gradient", TORCH_BOX(&kd::terms_with_gradient));
-  m.impl("terms_backward", TORCH_BOX(&kd::terms_backward));
-  m.impl("terms_correct_gradient", TORCH_BOX(&kd::terms_correct_gradient));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { kd::TermsOperators<kd::Terms>::add_to(m); }

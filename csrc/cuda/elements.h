@@ -6,7 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../include/pyramid.h"
-#include "device.h"
+#include "../include/device.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -39,9 +39,12 @@ void count_read(int64_t bytes);
 void count_written(int64_t bytes);
 #endif
 
+// kOnce: nobody reads them again, so that the caches need not keep them.
+template <bool kOnce>
 KD_DEVICE Bits load_bits(const char* at) {
 #ifdef __CUDACC__
-  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+  const uint4* const from = reinterpret_cast<const uint4*>(at);
+  const uint4 bits = kOnce ? __ldcs(from) : __ldg(from);
   return {{bits.x, bits.y, bits.z, bits.w}};
 #else
   Bits bits;
@@ -150,13 +153,13 @@ struct Memory {
 
 // A thread's elements as they lie in memory, of the widest type that they may have.
 template <class X>
-struct Packed {
+struct Words {
   static constexpr int kWords = kWidth<X> * (sizeof(X) == 2 ? 2 : 4) / 4;
   uint32_t word[kWords];
 };
 
 // The words of kCount elements at `at`, 0 where there are none. left: elements of the row from `at` on, which may be none or less
-template <class X, int kCount>
+template <class X, int kCount, bool kOnce>
 KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t* into) {
   constexpr int kBytes = Codec<X>::kBytes, kPerWord = 4 / kBytes, kWords = kCount / kPerWord, kVectors = kWords / 4;
   if (left <= 0) {
@@ -167,7 +170,8 @@ KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t
   if (memory.aligned) {
     KD_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const Bits bits = load_bits(at + 16 * v);
+      // A row may end between a thread's vectors.
+      const Bits bits = 4 * v * kPerWord < left ? load_bits<kOnce>(at + 16 * v) : Bits{};
       KD_UNROLL
       for (int k = 0; k < 4; ++k) into[4 * v + k] = bits.word[k];
     }
@@ -178,7 +182,7 @@ KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t
     uint32_t words[kWords + 4];
     KD_UNROLL
     for (int v = 0; v < kVectors + 1; ++v) {
-      const Bits bits = load_bits(from + 16 * v);
+      const Bits bits = load_bits<kOnce>(from + 16 * v);
       KD_UNROLL
       for (int k = 0; k < 4; ++k) words[4 * v + k] = bits.word[k];
     }
@@ -215,9 +219,9 @@ KD_DEVICE void store(Me& me, const Memory& memory, char* at, int64_t left, const
   KD_UNROLL
   for (int i = 0; i < 4 * kVectors; ++i) words[4 + i] = C::narrow(x, i);
   if (memory.aligned) {
-    if (left <= 0) return;
     KD_UNROLL
     for (int v = 0; v < kVectors; ++v) {
+      if (v * kPerVector >= left) return;
       store_bits(at + 16 * v, {{words[4 * v + 4], words[4 * v + 5], words[4 * v + 6], words[4 * v + 7]}});
     }
     return;
@@ -271,10 +275,11 @@ struct Elements {
   static constexpr int kCount = kWidth<X>;
 
   KD_DEVICE static int64_t bytes(const Memory&) { return sizeof(X); }
-  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Packed<X>& packed) {
-    load<X, kCount>(memory, at, left, packed.word);
+  template <bool kOnce = false>
+  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Words<X>& packed) {
+    load<X, kCount, kOnce>(memory, at, left, packed.word);
   }
-  KD_DEVICE static void unpack(const Memory&, const Packed<X>& packed, float (&x)[kCount]) { widen<X>(packed.word, x); }
+  KD_DEVICE static void unpack(const Memory&, const Words<X>& packed, float (&x)[kCount]) { widen<X>(packed.word, x); }
   template <class Me>
   KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
     store<X>(me, memory, at, left, x);
@@ -286,12 +291,13 @@ struct Elements<Any> {
   static constexpr int kCount = kWidth<Any>;
 
   KD_DEVICE static int64_t bytes(const Memory& memory) { return memory.type == Type::fp32 ? 4 : 2; }
-  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Packed<Any>& packed) {
-    if (memory.type == Type::fp32) return load<float, kCount>(memory, at, left, packed.word);
+  template <bool kOnce = false>
+  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Words<Any>& packed) {
+    if (memory.type == Type::fp32) return load<float, kCount, kOnce>(memory, at, left, packed.word);
     // Of either 16-bit type, whose bits are the same to a load.
-    load<Half, kCount>(memory, at, left, packed.word);
+    load<Half, kCount, kOnce>(memory, at, left, packed.word);
   }
-  KD_DEVICE static void unpack(const Memory& memory, const Packed<Any>& packed, float (&x)[kCount]) {
+  KD_DEVICE static void unpack(const Memory& memory, const Words<Any>& packed, float (&x)[kCount]) {
     if (memory.type == Type::fp32) return widen<float>(packed.word, x);
     if (memory.type == Type::fp16) return widen<Half>(packed.word, x);
     widen<BFloat16>(packed.word, x);

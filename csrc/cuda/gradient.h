@@ -34,11 +34,23 @@ void gradient(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, co
 // Rows of a block: channels of a contiguous level, pixels of a channels_last one.
 constexpr int kRowsOfBlock = 64;
 
+// Blocks for one image of a level.
+template <class X>
+int64_t write_blocks(const Level& level) {
+  const int64_t length = level.last ? level.channels : level.pixels, height = level.last ? level.pixels : level.channels;
+  return ceil_div<int64_t>(length, kSpan<X>) * ceil_div<int64_t>(height, kRowsOfBlock);
+}
+
+// The factors that belong to a channel or to a pixel.
+struct Numbers {
+  float product, sign, error;
+};
+
 // A block's share of the write pass: kSpan columns of some rows, which its warps take in turns. The numbers that belong to a thread's
 // columns stay in its registers.
 //
-// x, target, arriving, out  levels of type X;   parts: a number a block, its sum of squared errors, or null
-template <class X>
+// x, target, arriving, out  levels of type X, those that arrive with kArriving;   parts: a number a block, its sum of squared errors, or null
+template <class X, bool kArriving>
 struct Gradient {
   static constexpr int kThreads = 256, kResident = std::is_same_v<X, Any> ? 1 : 2, kWarps = kThreads / kWarp, kRows = 2;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
@@ -51,19 +63,31 @@ struct Gradient {
   Factors product, sign, error;
   float* parts;
   const int* unless;
-  bool absolute, mean, reads, has_arriving;
-
-  // What belongs to a row or to a column.
-  struct Numbers {
-    float product, sign, error;
-  };
+  bool absolute, mean, reads;
 
   template <class Me>
   KD_DEVICE void operator()(Me& me, Shared& shared) const {
     if (unless != nullptr && *unless != 0) return;
     const int level = places.of(me.block());
     const Place& place = places.place[level];
-    const int64_t within = me.block() - place.first, n = within / place.blocks, tile = within % place.blocks;
+    const int64_t within = me.block() - place.first, n = within / place.blocks;
+    const int64_t map = place.map + n * place.pixels;
+    const float squares = write(me, level, n, within % place.blocks, [&](int64_t pixel) {
+      Numbers found = {1, 0, 1};
+      if (product.pixel != nullptr) found.product = product.pixel[map + pixel];
+      if (sign.pixel != nullptr) found.sign = sign.pixel[map + pixel];
+      if (error.pixel != nullptr) found.error = error.pixel[map + pixel];
+      return found;
+    });
+    if (parts == nullptr) return;
+    const float total = block_sum(me, squares, shared.of_warp, kWarps);
+    if (me.index() == 0) parts[me.block()] = total;
+  }
+
+  // One tile of an image; returns the thread's share of the sum of squared errors. of_pixel: (pixel) -> Numbers
+  template <class Me, class OfPixel>
+  KD_DEVICE float write(Me& me, int level, int64_t n, int64_t tile, const OfPixel& of_pixel) const {
+    const Place& place = places.place[level];
     const int64_t length = place.last ? place.channels : place.pixels, height = place.last ? place.pixels : place.channels;
     const int64_t across = ceil_div<int64_t>(length, kColumns);
     const int64_t column = tile % across * kColumns + me.lane() * kCount;
@@ -71,27 +95,30 @@ struct Gradient {
     const int64_t end = begin + kRowsOfBlock < height ? begin + kRowsOfBlock : height;
     Numbers columns[kCount];
     KD_UNROLL
-    for (int i = 0; i < kCount; ++i) columns[i] = numbers(place, n, column + i, column + i < length, place.last);
+    for (int i = 0; i < kCount; ++i) {
+      columns[i] = {0, 0, 0};
+      if (column + i < length) columns[i] = place.last ? of_channel(place, n, column + i) : of_pixel(column + i);
+    }
     float squares = 0;
     for (int64_t first = begin + me.warp() * kRows; first < end; first += kWarps * kRows) {
-      Packed<X> read[kRows], goal[kRows], add[kRows];
+      Words<X> read[kRows], goal[kRows], add[kArriving ? kRows : 1];
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const int64_t left = first + r < end ? length - column : 0;
         const int64_t at = n * place.channels * place.pixels + (first + r) * length + column;
         if (reads) get(x[level], at, left, read[r]);
         if (error.there) get(target[level], at, left, goal[r]);
-        if (has_arriving) get(arriving[level], at, left, add[r]);
+        if (kArriving) get(arriving[level], at, left, add[kArriving ? r : 0]);
       }
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // The same for the whole warp, which stores together.
         if (first + r >= end) continue;
-        const Numbers row = numbers(place, n, first + r, true, !place.last);
+        const Numbers row = place.last ? of_pixel(first + r) : of_channel(place, n, first + r);
         float made[kCount], value[kCount] = {}, wanted[kCount], arrived[kCount];
         if (reads) Elements<X>::unpack(x[level], read[r], value);
         if (error.there) Elements<X>::unpack(target[level], goal[r], wanted);
-        if (has_arriving) Elements<X>::unpack(arriving[level], add[r], arrived);
+        if (kArriving) Elements<X>::unpack(arriving[level], add[kArriving ? r : 0], arrived);
         KD_UNROLL
         for (int i = 0; i < kCount; ++i) {
           const float sign_of = kd::sign(value[i]);
@@ -104,34 +131,28 @@ struct Gradient {
             made[i] += slope;
             if (column + i < length) squares += slope * difference;
           }
-          if (has_arriving) made[i] += arrived[i];
+          if (kArriving) made[i] += arrived[i];
         }
         const int64_t at = n * place.channels * place.pixels + (first + r) * length + column;
         const Memory& to = out[level];
         Elements<X>::put(me, to, const_cast<char*>(to.begin) + at * Elements<X>::bytes(to), length - column, made);
       }
     }
-    if (parts == nullptr) return;
-    const float total = block_sum(me, squares, shared.of_warp, kWarps);
-    if (me.index() == 0) parts[me.block()] = total;
+    return squares;
   }
 
  private:
-  KD_DEVICE static void get(const Memory& memory, int64_t at, int64_t left, Packed<X>& to) {
+  KD_DEVICE static void get(const Memory& memory, int64_t at, int64_t left, Words<X>& to) {
     Elements<X>::get(memory, memory.begin + at * Elements<X>::bytes(memory), left, to);
   }
 
-  // The factors of channel or pixel `index`; the neutral ones where it is not there.
-  KD_DEVICE Numbers numbers(const Place& place, int64_t n, int64_t index, bool there, bool of_channel) const {
-    const int64_t at = of_channel ? place.vector + n * place.channels + index : place.map + n * place.pixels + index;
-    const float* of_product = of_channel ? product.channel : product.pixel;
-    const float* of_sign = of_channel ? sign.channel : sign.pixel;
-    const float* of_error = of_channel ? error.channel : error.pixel;
+  KD_DEVICE Numbers of_channel(const Place& place, int64_t n, int64_t channel) const {
+    const int64_t at = place.vector + n * place.channels + channel;
     Numbers found = {1, 0, 1};
-    if (of_product != nullptr && there) found.product = of_product[at];
-    if (of_sign != nullptr && there) found.sign = of_sign[at];
-    if (of_error != nullptr && there) found.error = of_error[at];
-    if (mean && of_channel) found.product /= static_cast<float>(place.pixels);
+    if (product.channel != nullptr) found.product = product.channel[at];
+    if (sign.channel != nullptr) found.sign = sign.channel[at];
+    if (error.channel != nullptr) found.error = error.channel[at];
+    if (mean) found.product /= static_cast<float>(place.pixels);
     return found;
   }
 };

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../include/pyramid.h"
-#include "device.h"
+#include "../include/device.h"
 
 #ifdef __CUDACC__
 
@@ -16,9 +16,12 @@
 
 namespace kd {
 
-// A thread of a kernel.
+// A thread of a kernel whose blocks have so many.
+template <int kOfBlock>
 class Thread {
  public:
+  static constexpr int kThreads = kOfBlock;
+
   __device__ int index() const { return static_cast<int>(threadIdx.x); }
   __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
   __device__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -52,6 +55,8 @@ class Thread {
     __threadfence();
     return found;
   }
+  // As `add`, of a number that says nothing about what others wrote.
+  __device__ int take(int* counter) { return atomicAdd(counter, 1); }
   // While another block is waited for.
   __device__ void pause() { __nanosleep(64); }
 };
@@ -59,7 +64,7 @@ class Thread {
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident) run(const __grid_constant__ Kernel kernel) {
   __shared__ typename Kernel::Shared shared;
-  Thread me;
+  Thread<Kernel::kThreads> me;
   kernel(me, shared);
 }
 
@@ -115,17 +120,6 @@ namespace kd {
 // An uninitialised fp32 tensor of this shape on x's device.
 inline Tensor new_floats(const Tensor& x, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(x, shape, torch::headeronly::ScalarType::Float);
-}
-
-// The elements of a packed tensor on x's device, null where there is none. Raise unless it is fp32, contiguous and of `count` elements.
-inline const float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
-  STD_TORCH_CHECK(packed.device() == x.device() && packed.scalar_type() == torch::headeronly::ScalarType::Float &&
-                      packed.is_contiguous() && packed.numel() == count,
-                  "expected ", count, " contiguous fp32 elements on the device of the levels");
-  return static_cast<const float*>(packed.const_data_ptr());
-}
-inline const float* floats_beside(const Tensor& x, const std::optional<Tensor>& packed, int64_t count) {
-  return packed ? floats_beside(x, *packed, count) : nullptr;
 }
 
 }  // namespace kd

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "../include/device.h"
 #include "elements.h"
 
 namespace kd {
@@ -23,8 +23,10 @@ struct Place {
   bool last;
 };
 
-struct Places {
-  Place place[kLevels];
+// The levels of a launch, each by a P, whose `first` and `blocks` are those of Place.
+template <class P>
+struct PlacesOf {
+  P place[kLevels];
   int64_t images;
   int count;
 
@@ -36,6 +38,23 @@ struct Places {
   }
   int64_t blocks() const { return count == 0 ? 0 : place[count - 1].first + images * place[count - 1].blocks; }
 };
+
+using Places = PlacesOf<Place>;
+
+// Calls run(places) for these, at most kLevels at a time, and sets `first` of each. Nothing is run where there are no images.
+template <class P, class Run>
+void in_launches(int64_t images, const std::vector<P>& all, const Run& run) {
+  for (size_t begin = 0; begin < all.size() && images > 0; begin += kLevels) {
+    PlacesOf<P> places{};
+    places.images = images;
+    for (size_t i = begin; i < std::min(begin + kLevels, all.size()); ++i) {
+      const int64_t first = places.blocks();
+      places.place[places.count] = all[i];
+      places.place[places.count++].first = first;
+    }
+    run(places);
+  }
+}
 
 // Calls run(places) for the levels of a pyramid, at most kLevels at a time, the largest first: what comes last should be small.
 // blocks: (level) -> blocks for one image of it.   Nothing is run where there are no images.
@@ -50,19 +69,11 @@ void in_launches(const Pyramid& x, const Blocks& blocks, const Run& run) {
   }
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return x[a].channels * x[a].pixels > x[b].channels * x[b].pixels; });
-  for (size_t begin = 0; begin < order.size() && x.images() > 0; begin += kLevels) {
-    Places places{};
-    places.images = x.images();
-    int64_t first = 0;
-    for (size_t i = begin; i < std::min(begin + kLevels, order.size()); ++i) {
-      const size_t level = order[i];
-      const int64_t count = blocks(x[level]);
-      places.place[places.count++] = {x[level].channels, x[level].pixels, maps[level], vectors[level], first, count,
-                                      static_cast<int>(level), x[level].last};
-      first += x.images() * count;
-    }
-    run(places);
+  std::vector<Place> places;
+  for (const size_t i : order) {
+    places.push_back({x[i].channels, x[i].pixels, maps[i], vectors[i], 0, blocks(x[i]), static_cast<int>(i), x[i].last});
   }
+  in_launches(x.images(), places, run);
 }
 
 // Where a level's rows lie: the pixels of a channel of a contiguous level, the channels of a pixel of a channels_last one.

@@ -3,16 +3,10 @@
 namespace kd {
 namespace {
 
-template <class X>
-int64_t blocks_of(const Level& level) {
-  return ceil_div<int64_t>(level.pixels, level.last ? kBand : kSpan<X>);
-}
-
 template <class X, bool kError>
 void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted) {
-  const auto blocks = [](const Level& level) { return blocks_of<X>(level); };
   std::vector<int64_t> part{0};
-  for (size_t i = 0; i < x.size(); ++i) part.push_back(part.back() + x[i].images * blocks(x[i]) * x[i].channels);
+  for (size_t i = 0; i < x.size(); ++i) part.push_back(part.back() + x[i].images * read_blocks<X>(x[i]) * x[i].channels);
   const bool sums = wanted.sums != ChannelSums::none;
   const Tensor parts = new_floats(like, {sums ? part.back() : 0});
   Reduce<X, kError> pass{};
@@ -20,7 +14,7 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
   pass.raw = wanted.raw, pass.magnitude = wanted.magnitude, pass.error = wanted.error;
   pass.parts = sums ? floats(parts) : nullptr;
   pass.absolute = wanted.absolute, pass.of_magnitudes = wanted.sums == ChannelSums::of_magnitudes;
-  in_launches(x, blocks, [&](const Places& places) {
+  in_launches(x, read_blocks<X>, [&](const Places& places) {
     pass.places = places;
     for (int i = 0; i < places.count; ++i) {
       const int level = places.place[i].index;
@@ -38,7 +32,7 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
     for (int i = 0; i < places.count; ++i) {
       const int level = places.place[i].index;
       second.part[i] = part[level];
-      second.count[i] = blocks(x[level]);
+      second.count[i] = read_blocks<X>(x[level]);
     }
     device.launch(second, places.blocks());
   });

@@ -34,11 +34,17 @@ void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, cons
 // Pixels of a channels_last level that a block reads, all channels of each.
 constexpr int kBand = 128;
 
+// Blocks for one image of a level.
+template <class X>
+int64_t read_blocks(const Level& level) {
+  return ceil_div<int64_t>(level.pixels, level.last ? kBand : kSpan<X>);
+}
+
 // A block's share of the read pass: kSpan pixels of all channels of a contiguous level, kBand pixels of a channels_last one. Its warps
 // take the rows in turns, four at a time: of the sums down the rows every thread has its own columns', those across a row are the warp's.
 //
-// x, target  levels of type X, the target's read with kError;   parts: (N, blocks, C) of each level, a block's channel sums
-template <class X, bool kError>
+// x, target  levels of type X, the target's read with kError; kOnce: nobody reads x again soon;   parts: (N, blocks, C) of each level, a block's channel sums
+template <class X, bool kError, bool kOnce = false>
 struct Reduce {
   static constexpr int kThreads = 256, kResident = std::is_same_v<X, Any> ? 1 : kError ? 2 : 3;
   static constexpr int kWarps = kThreads / kWarp, kRows = 4;
@@ -61,8 +67,14 @@ struct Reduce {
   KD_DEVICE void operator()(Me& me, Shared& shared) const {
     const int level = places.of(me.block());
     const Place& place = places.place[level];
-    const int64_t within = me.block() - place.first, n = within / place.blocks, tile = within % place.blocks;
-    if (place.last) {
+    const int64_t within = me.block() - place.first;
+    read(me, shared, level, within / place.blocks, within % place.blocks);
+  }
+
+  // One tile of an image.
+  template <class Me>
+  KD_DEVICE void read(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
+    if (places.place[level].last) {
       read_pixels(me, shared, level, n, tile);
     } else {
       read_channels(me, shared, level, n, tile);
@@ -76,7 +88,7 @@ struct Reduce {
 
   // What the warp reads at once.
   struct Rows {
-    Packed<X> x[kRows], target[kError ? kRows : 1];
+    Words<X> x[kRows], target[kError ? kRows : 1];
   };
 
   // Rows first, first + 1, ... of those below `end`; the others are zeros.
@@ -85,7 +97,7 @@ struct Reduce {
     KD_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int64_t left = first + r < end ? length - column : 0;
-      Elements<X>::get(x[level], row_of(x[level], place, n, first + r, column, length), left, rows.x[r]);
+      Elements<X>::template get<kOnce>(x[level], row_of(x[level], place, n, first + r, column, length), left, rows.x[r]);
       if (!kError) continue;
       Elements<X>::get(target[level], row_of(target[level], place, n, first + r, column, length), left, rows.target[kError ? r : 0]);
     }
@@ -187,11 +199,13 @@ struct Reduce {
     }
     me.sync();
     const int row = me.index();
-    if (begin + row >= end) return;
-    const int64_t map = place.map + n * place.pixels + begin + row;
-    if (raw != nullptr) raw[map] = shared.across[0][row];
-    if (magnitude != nullptr) magnitude[map] = shared.across[1][row];
-    if (kError) error[map] = shared.across[2][row];
+    if (begin + row < end) {
+      const int64_t map = place.map + n * place.pixels + begin + row;
+      if (raw != nullptr) raw[map] = shared.across[0][row];
+      if (magnitude != nullptr) magnitude[map] = shared.across[1][row];
+      if (kError) error[map] = shared.across[2][row];
+    }
+    me.sync();
   }
 
   // The sums of the warp's rows, added to what their other channels gave.

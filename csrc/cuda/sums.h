@@ -1,7 +1,7 @@
 // Sums over the threads of a warp and of a block, each in an order that only the number of threads decides.
 #pragma once
 
-#include "device.h"
+#include "../include/device.h"
 
 namespace kd {
 

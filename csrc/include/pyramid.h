@@ -57,7 +57,7 @@ class Pyramid {
 class Results {
  public:
   Results(const std::vector<Tensor>& x, const Pyramid& like);
-  // Tensors that there are, of such strides, to be written again.
+  // Tensors that there are, of such strides, to be written again, or to stay as they are.
   static Results again(std::vector<Tensor> results, const Pyramid& like);
 
   const Level& operator[](size_t level) const { return levels_[level]; }
@@ -77,6 +77,12 @@ Tensor new_floats(const std::vector<int64_t>& shape);
 // The elements of a packed tensor. Raises unless it is fp32, contiguous and of `count` elements; null where there is none.
 const float* floats(const Tensor& x, int64_t count);
 inline const float* floats(const std::optional<Tensor>& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
+
+// The same of a packed tensor on x's device, and null where there is none.
+const float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count);
+inline const float* floats_beside(const Tensor& x, const std::optional<Tensor>& packed, int64_t count) {
+  return packed ? floats_beside(x, *packed, count) : nullptr;
+}
 
 // The elements of a tensor that `new_floats` made.
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

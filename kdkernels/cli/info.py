@@ -34,7 +34,7 @@ PACKAGES = {
 
 @guarded
 def info() -> None:
-    """Versions, devices, the backends of the distillation maths and why one is not available, and optional packages."""
+    """Versions, devices, the backends of the distillation maths, which one each primitive uses, why one is not available, and packages."""
     import torch
 
     from kdkernels import backend_info
@@ -47,10 +47,19 @@ def info() -> None:
     out.print(f"devices: {', '.join(devices)}", highlight=False)
 
     backends = Table("backend", "available", "in use", "version", "why not", title="backends (KDKERNELS_BACKEND or set_backend chooses)")
-    for name, values in backend_info().items():
+    try:
+        known = backend_info()
+    except ValueError as error:  # a table of measurements that is none
+        raise UserError(str(error)) from None
+    for name, values in known.items():
         row = (name, _yes(values["available"]), _yes(values["active"]), values["version"] or "", values["reason"])
         backends.add_row(*map(escape, row))
     out.print(backends)
+
+    given = Table("primitive", "backend", "why", title=f"primitives on a {'GPU' if torch.cuda.is_available() else 'CPU'}")
+    for use in sorted((primitive, name, why) for name, values in known.items() for primitive, why in values["primitives"].items()):
+        given.add_row(*map(escape, use))
+    out.print(given)
 
     out.print("compiled libraries (backend native)")
     for line in _libraries():

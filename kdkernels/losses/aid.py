@@ -83,7 +83,7 @@ class AIDLoss(ComposedLoss):
         return self.base.reading(features, names, given)
 
     def side(self, features: list[Tensor], names: list[str], read: Read, given: Given) -> AIDSide:
-        return AIDSide(self.base.side(features, names, read, given), self._factor(features, given["teacher_losses"]))
+        return AIDSide(self.base.side(features, names, read, given), self.factor(features, given["teacher_losses"]))
 
     def parts(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Part]:
         parts = self.base.parts(student_features, side.base, student_gradients)
@@ -100,7 +100,7 @@ class AIDLoss(ComposedLoss):
         base = self.base.teacher_side(teacher_features, teacher_gradients, boxes, image_size, teacher_losses)
         levels, _ = as_pyramid("teacher_features", teacher_features)
         with torch.no_grad():
-            return AIDSide(base, self._factor(levels, teacher_losses))
+            return AIDSide(base, self.factor(levels, teacher_losses))
 
     def terms(self, student_features: Pyramid, side: AIDSide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
         if self.shares():
@@ -109,7 +109,7 @@ class AIDLoss(ComposedLoss):
         terms = self.base.terms(student_features, side.base, student_gradients)
         return {name: value * side.weight for name, value in terms.items()}
 
-    def _factor(self, features: Sequence[Tensor], teacher_losses: Tensor | float | None) -> Tensor:
+    def factor(self, features: Sequence[Tensor], teacher_losses: Tensor | float | None) -> Tensor:
         """What broadcasts to (L, N) and multiplies the base's terms."""
         if teacher_losses is None:
             raise ValueError("AIDLoss needs teacher_losses, which is missing")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..pyramid import Gradients, Pyramid
 from .base import DistillationLoss, NonFinite, NonFiniteError
 from .composed import teacher_sides, term_values
+from .one_launch import in_one_launch
 
 
 class FusedLoss(nn.Module):
@@ -56,9 +57,12 @@ class FusedLoss(nn.Module):
             loss.require(given, name)
             loss.check_features(student_features, teacher_features)
         student_gradients = given.pop("student_gradients")
-        sides = teacher_sides(losses, teacher_features, dict.fromkeys(losses, given))
+        every = in_one_launch(losses, student_features, teacher_features, student_gradients, given)
+        if every is None:
+            sides = teacher_sides(losses, teacher_features, dict.fromkeys(losses, given))
+            every = term_values(losses, student_features, sides, student_gradients)
         values = {}
-        for name, terms in term_values(losses, student_features, sides, student_gradients).items():
+        for name, terms in every.items():
             try:
                 values[name] = losses[name].reduce(terms)
             except NonFiniteError as error:

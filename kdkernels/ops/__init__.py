@@ -7,9 +7,11 @@ from .feature_imitation import feature_imitation
 from .map_distance import map_distance, normalize_map
 from .shared_read import shared_read
 from .terms import terms, terms_vjp
+from .terms_persistent import PersistentOptions, terms_persistent
 from .weighted_channel_sum import weighted_channel_sum
 
 __all__ = [
+    "PersistentOptions",
     "attention",
     "box_mask",
     "channel_mean",
@@ -18,6 +20,7 @@ __all__ = [
     "normalize_map",
     "shared_read",
     "terms",
+    "terms_persistent",
     "terms_vjp",
     "weighted_channel_sum",
 ]

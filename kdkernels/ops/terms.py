@@ -108,31 +108,35 @@ class _Terms(torch.autograd.Function):
     def forward(ctx: Any, name: str, batch: Batch, early: bool, *features: Tensor) -> Tensor:
         run = _with_gradient if early else _forward
         rows, *rest = run(name, list(features), *batch.operands, *batch.options)
-        ctx.name, ctx.options, ctx.levels, ctx.layout = name, batch.options, len(features), _layout(batch.operands)
-        keep(ctx, *features, *rest[:_SAVED], *_flat(batch.operands))
+        ctx.name, ctx.options, ctx.levels, ctx.layout = name, batch.options, len(features), layout(batch.operands)
+        keep(ctx, *features, *rest[:_SAVED], *flat(batch.operands))
         ctx.early = rest[_SAVED:]
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors = kept(ctx)
-        features, saved, flat = tensors[: ctx.levels], tensors[ctx.levels : ctx.levels + _SAVED], tensors[ctx.levels + _SAVED :]
-        operands = _unflat(flat, ctx.layout)
-        gradients, ctx.early = ctx.early, []
-        if gradients:
-            _correct_gradient(ctx.name, gradients, grad.contiguous(), saved, features, *operands, *ctx.options)
-        else:
-            gradients = _backward(ctx.name, grad.contiguous(), saved, [], features, *operands, *ctx.options)
-        return (None, None, None, *gradients)
+        return (None, None, None, *gradients_of(ctx, grad))
 
 
-def _layout(operands: tuple[Any, ...]) -> tuple[int | None, ...]:
+def gradients_of(ctx: Any, grad: Tensor) -> list[Tensor]:
+    """The features' gradients for that of the rows, from what a forward of `_Terms` has left in its context."""
+    tensors = kept(ctx)
+    features, saved, rest = tensors[: ctx.levels], tensors[ctx.levels : ctx.levels + _SAVED], tensors[ctx.levels + _SAVED :]
+    operands = _unflat(rest, ctx.layout)
+    gradients, ctx.early = ctx.early, []
+    if gradients:
+        _correct_gradient(ctx.name, gradients, grad.contiguous(), saved, features, *operands, *ctx.options)
+        return gradients
+    return _backward(ctx.name, grad.contiguous(), saved, [], features, *operands, *ctx.options)
+
+
+def layout(operands: tuple[Any, ...]) -> tuple[int | None, ...]:
     """For each operand the number of tensors of a list, -1 for a tensor, None for none."""
     return tuple(len(x) if isinstance(x, list) else None if x is None else -1 for x in operands)
 
 
-def _flat(operands: tuple[Any, ...]) -> list[Tensor]:
+def flat(operands: tuple[Any, ...]) -> list[Tensor]:
     return [x for operand in operands if operand is not None for x in (operand if isinstance(operand, list) else [operand])]
 
 

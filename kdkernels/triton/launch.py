@@ -1,32 +1,32 @@
 """Launch parameters: a table by compute capability, kernel, type, layout and size, and each kernel's own heuristic behind it.
 
-What the tables may say is looked up without guessing:
+The tables are those of `kdkernels.tables`, tables/sm_90.json for compute capability 9.0, by the dtype of a launch's first level, its layout
+and the elements of its levels. Without a table, on anything that is no CUDA GPU, and where the table has no entry or one that says that the
+heuristic was best, the heuristic decides.
 
-- The table is that of exactly this GPU's compute capability, tables/sm_90.json for 9.0. Another chip's is never used; without one, and on
-  anything that is no CUDA GPU, the heuristic decides.
-- Its entry is that of this kernel, this dtype of the first level, this layout, and the size that the elements of the launch's levels fall
-  into (`size_of`). Where it has none, or one that says that the heuristic was best, the heuristic decides.
+They are written by `kdkernels bench tune` from times measured on such a GPU; an entry is
 
-A table is a JSON object, written by `kdkernels bench tune` from times measured on such a GPU:
+    "reduce bf16 contiguous large": {"parameters": {"BLOCK_INNER": 256, ..., "num_warps": 8}, ...}
 
-    {"schema": 1, "capability": [9, 0], "runs": [provenance of a measurement, ...],
-     "entries": {"reduce bf16 contiguous large": {"parameters": {"BLOCK_INNER": 256, ..., "num_warps": 8}, ...}, ...}}
-
-An entry's "parameters" are null where no candidate was faster than the heuristic, else all those of the heuristic, with num_warps and
-num_stages besides if they are wanted. "run" is its place in "runs"; its other fields say what was measured.
+Its "parameters" are null where no candidate was faster than the heuristic, else all those of the heuristic, with num_warps and num_stages
+besides if they are wanted. Its other fields say what was measured.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import tables
+from ..tables import DTYPES, LAYOUTS, SIZES, Key, capability, size_of
+
+__all__ = ["SCHEMA", "SIZES", "TABLE", "TABLES", "Heuristic", "Key", "capability", "override", "parameters", "path", "read", "size_of"]
 
 #: (type of the first pyramid, channels_last) -> constexpr block sizes and num_warps by their argument names. What a launch has to adapt to
 #: its shapes besides, such as blocks wider than a level, it adapts in whatever `parameters` gives: a table knows no shapes.
@@ -34,26 +34,8 @@ Heuristic = Callable[[torch.dtype, bool], dict[str, int]]
 
 TABLES = Path(__file__).with_name("tables")
 SCHEMA = 1
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-LAYOUTS = ("contiguous", "channels_last")
-#: Size -> the elements at which the next one begins.
-SIZES = {"small": 1 << 21, "medium": 1 << 25, "large": None}
 #: Parameters that Triton has of every kernel.
 OPTIONS = ("num_warps", "num_stages")
-
-
-class Key(NamedTuple):
-    """What an entry of a table is about; its text is the entry's name in the file."""
-
-    kernel: str
-    dtype: str
-    layout: str
-    size: str
-
-    def __str__(self) -> str:
-        return " ".join(self)
-
-
 #: What a table says of each key; None: the heuristic was best.
 Entries = Mapping[Key, Mapping[str, int] | None]
 #: Kernel and capability -> its entries, once they were held against the heuristic.
@@ -98,51 +80,18 @@ def override(kernel: str, changes: Mapping[str, int]) -> Iterator[dict[str, int]
         del _OVERRIDES[kernel]
 
 
-def size_of(levels: Sequence[Tensor]) -> str:
-    """Small, medium or large, by the elements of all levels."""
-    elements = sum(x.numel() for x in levels)
-    return next(size for size, end in SIZES.items() if end is None or elements < end)
-
-
-@cache
-def capability(device: int) -> tuple[int, int] | None:
-    """Compute capability of a CUDA GPU; None for a GPU of another make, whose numbers mean other chips."""
-    return None if torch.version.cuda is None else torch.cuda.get_device_capability(device)
-
-
 def path(capability: tuple[int, int]) -> Path:
     """Where the table of these GPUs is looked for."""
-    return TABLES / f"sm_{capability[0]}{capability[1]}.json"
+    return tables.path(TABLES, capability)
 
 
 def read(file: Path) -> dict[str, Any]:
     """The table in this file, checked. Raises ValueError with the file, and the key where it is about one, for what is no table."""
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: no JSON: {error}") from None
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
-        raise ValueError(f"{file}: no table of launch parameters with schema {SCHEMA}")
-    chip, entries = table.get("capability"), table.get("entries")
-    if not isinstance(chip, list) or len(chip) != 2 or not all(type(part) is int for part in chip):
-        raise ValueError(f"{file}: capability must be two whole numbers, as [9, 0]; got {chip!r}")
-    if not isinstance(entries, dict) or not isinstance(table.get("runs"), list):
-        raise ValueError(f"{file}: entries must be an object and runs a list")
-    for name, entry in entries.items():
-        if problem := _problem(name, entry):
-            raise ValueError(f"{file}: {name}: {problem}")
-    return table
+    return TABLE.read(file)
 
 
-def _problem(name: str, entry: Any) -> str:
+def _problem(entry: Any) -> str:
     """What is wrong with an entry, "" for nothing."""
-    words = name.split(" ")
-    if len(words) != len(Key._fields):
-        return f"expected a key of {', '.join(Key._fields)} with a space between them"
-    key = Key(*words)
-    for field, known in (("dtype", tuple(DTYPES.values())), ("layout", LAYOUTS), ("size", tuple(SIZES))):
-        if getattr(key, field) not in known:
-            return f"{field} must be one of {', '.join(known)}; got {getattr(key, field)!r}"
     if not isinstance(entry, dict) or "parameters" not in entry:
         return "expected an object with parameters"
     chosen = entry["parameters"]
@@ -154,11 +103,14 @@ def _problem(name: str, entry: Any) -> str:
     return "" if warps in (1, 2, 4, 8, 16, 32) else f"num_warps must be a power of 2 up to 32; got {warps}"
 
 
+TABLE = tables.Kind("launch parameters", SCHEMA, _problem)
+
+
 def _entries(kernel: str, heuristic: Heuristic, here: tuple[int, int]) -> Entries:
     """The kernel's entries in the table of these GPUs. All are held against the heuristic: what is wrong shows in the first launch."""
     if (kernel, here) in _CHECKED:
         return _CHECKED[kernel, here]
-    found = {key: chosen for key, chosen in _table(here).items() if key.kernel == kernel}
+    found = {key: chosen for key, chosen in _table(here).items() if key.name == kernel}
     for key, chosen in found.items():
         (dtype,) = (dtype for dtype, name in DTYPES.items() if name == key.dtype)
         usual = heuristic(dtype, key.layout == LAYOUTS[True])
@@ -171,10 +123,4 @@ def _entries(kernel: str, heuristic: Heuristic, here: tuple[int, int]) -> Entrie
 
 @cache
 def _table(here: tuple[int, int]) -> Entries:
-    file = path(here)
-    if not file.is_file():
-        return {}
-    table = read(file)
-    if table["capability"] != list(here):
-        raise ValueError(f"{file}: this is a table of compute capability {'.'.join(map(str, table['capability']))}")
-    return {Key(*name.split(" ")): entry["parameters"] for name, entry in table["entries"].items()}
+    return {key: entry["parameters"] for key, entry in TABLE.entries(path(here), here).items()}

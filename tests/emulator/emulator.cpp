@@ -120,12 +120,12 @@ class Block {
   // By their places: each warp, and behind them the block.
   std::vector<Fiber> fibers;
   std::vector<Group> groups;
-  std::vector<Thread> threads;
+  std::vector<AnyThread> threads;
   std::vector<uint64_t> passing;
   std::vector<uint64_t> shared;
 };
 
-void Thread::wait(size_t place) {
+void AnyThread::wait(size_t place) {
   Group& group = of_->groups[place];
   const uint64_t turn = group.turn;
   ++group.arrived;
@@ -133,11 +133,11 @@ void Thread::wait(size_t place) {
   while (group.turn == turn) of_->fibers[index_].leave();
 }
 
-void Thread::sync() { wait(of_->groups.size() - 1); }
+void AnyThread::sync() { wait(of_->groups.size() - 1); }
 
-void Thread::pause() { of_->fibers[index_].leave(); }
+void AnyThread::pause() { of_->fibers[index_].leave(); }
 
-uint64_t Thread::passed(uint64_t mine, int lane) {
+uint64_t AnyThread::passed(uint64_t mine, int lane) {
   of_->passing[index_] = mine;
   wait(warp());
   const uint64_t found = of_->passing[index_ - this->lane() + lane];
@@ -147,7 +147,7 @@ uint64_t Thread::passed(uint64_t mine, int lane) {
 
 class Emulation {
  public:
-  Emulation(int64_t blocks, int threads, size_t shared_bytes, const std::function<void(Thread&, void*)>& body)
+  Emulation(int64_t blocks, int threads, size_t shared_bytes, const std::function<void(AnyThread&, void*)>& body)
       : count_(blocks), threads_(threads), shared_bytes_(shared_bytes), body_(body), order_(machine().seed) {}
 
   void one_by_one() {
@@ -178,9 +178,9 @@ class Emulation {
     for (size_t place = 0; place < block.groups.size(); ++place) {
       block.groups[place] = {place + 1 == block.groups.size() ? threads_ : kWarp, 0, 0};
     }
-    block.threads.assign(threads_, Thread());
+    block.threads.assign(threads_, AnyThread());
     for (int i = 0; i < threads_; ++i) {
-      Thread& thread = block.threads[i];
+      AnyThread& thread = block.threads[i];
       thread.index_ = i, thread.block_ = number, thread.blocks_ = count_, thread.of_ = &block;
       block.fibers[i].start([this, &thread, &block] { body_(thread, block.shared.data()); });
     }
@@ -206,11 +206,11 @@ class Emulation {
   int64_t count_;
   int threads_;
   size_t shared_bytes_;
-  const std::function<void(Thread&, void*)>& body_;
+  const std::function<void(AnyThread&, void*)>& body_;
   Order order_;
 };
 
-void emulate(int64_t blocks, int threads, size_t shared_bytes, bool together, const std::function<void(Thread&, void*)>& body) {
+void emulate(int64_t blocks, int threads, size_t shared_bytes, bool together, const std::function<void(AnyThread&, void*)>& body) {
   ++counts().launches;
   counts().blocks += blocks;
   Emulation emulation(blocks, threads, shared_bytes, body);

@@ -31,7 +31,7 @@ Counts& counts();
 
 class Fiber;
 
-class Thread {
+class AnyThread {
  public:
   int index() const { return index_; }
   int lane() const { return index_ % kWarp; }
@@ -53,6 +53,7 @@ class Thread {
     return before;
   }
   int read(const int* counter) { return *counter; }
+  int take(int* counter) { return add(counter, 1); }
   void pause();
 
  private:
@@ -78,8 +79,14 @@ class Thread {
   class Block* of_;
 };
 
+template <int kOfBlock>
+class Thread : public AnyThread {
+ public:
+  static constexpr int kThreads = kOfBlock;
+};
+
 // Runs body(thread, shared) for every thread of every block; `together`: all blocks at the same time, as far as they can go.
-void emulate(int64_t blocks, int threads, size_t shared_bytes, bool together, const std::function<void(Thread&, void*)>& body);
+void emulate(int64_t blocks, int threads, size_t shared_bytes, bool together, const std::function<void(AnyThread&, void*)>& body);
 
 class OnDeviceOf {
  public:
@@ -99,7 +106,9 @@ class OnDeviceOf {
   static void go(const Kernel& kernel, int64_t blocks, bool together) {
     static_assert(Kernel::kThreads % kWarp == 0, "whole warps");
     emulate(blocks, Kernel::kThreads, sizeof(typename Kernel::Shared), together,
-            [&](Thread& me, void* shared) { kernel(me, *static_cast<typename Kernel::Shared*>(shared)); });
+            [&](AnyThread& me, void* shared) {
+              kernel(static_cast<Thread<Kernel::kThreads>&>(me), *static_cast<typename Kernel::Shared*>(shared));
+            });
   }
 };
 

@@ -5,6 +5,11 @@
 
 namespace py = pybind11;
 
+namespace kd {
+// In inner.cpp.
+void bind_inner(py::module_& m);
+}  // namespace kd
+
 PYBIND11_MODULE(kdkernels_emulated, m) {
   m.doc() = "The CUDA kernels of kdkernels, emulated on a CPU: operators torch.ops.kdkernels_emulated";
   m.def(
@@ -28,4 +33,5 @@ PYBIND11_MODULE(kdkernels_emulated, m) {
       },
       "Launches, blocks, and bytes of features and gradients moved in vectors since `reset_counts`.");
   m.def("reset_counts", [] { kd::counts() = kd::Counts(); });
+  kd::bind_inner(m);
 }

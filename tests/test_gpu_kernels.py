@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton kernels: real sizes, more than 2^31 elements, streams, graphs, several GPUs, memory, inductor."""
+"""What only a GPU shows of fused kernels, Triton's and the native ones: real sizes, streams, graphs, several GPUs, memory, inductor."""
 
 from __future__ import annotations
 
@@ -8,32 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_support import DEVICE, Losses, both, captured, explicit, inline, mapped, moved, settled, sides, tensors, without_waiting
+from gpu_support import BACKENDS, DEVICE, Losses, both, captured, explicit, inline, mapped, moved, settled, sides, tensors, without_waiting
+from levels import relative_error
 from torch import Tensor
-from triton_support import relative_error
 
 from benchmarks.call import bind, sample
 from benchmarks.measure.agreement import agree
 from benchmarks.measure.gate import oracle
 from benchmarks.providers import providers, reference_of
 from benchmarks.registry import ENTRIES, LAYOUTS, Case, flat
-from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, set_backend
+from kdkernels import AIDLoss, BMFILoss, FusedLoss, set_backend
 
 pytestmark = pytest.mark.gpu
 TINY = Case("tiny", channels=64, boxes=5)
 REAL = Case("fcos", batch=2, channels=256)
 #: As in a training step of eight images.
 STEP = Case("fcos", batch=8, channels=256, dtype="bf16")
-#: More than 2^31 elements, the last of them in the last image.
-HUGE = (9, 256, 1000, 1000)
-HUGE_BYTES = 80e9
 
 
-@pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     # As the benchmarks choose it, whose oracle puts back what was chosen so.
-    with providers()["triton"].active():
-        yield
+    with providers()[request.param].active():
+        yield request.param
 
 
 def one() -> Tensor:
@@ -59,7 +56,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [entry.name for entry in ENTRIES.values() if entry.kind == "primitive"])
 def test_small_primitives_agree_with_float64(name: str, dtype: str, layout: str) -> None:
-    """Without what the gate does besides: the GPU suite's memory checker runs these."""
+    """Without what the gate does besides: the GPU suite runs these under compute-sanitizer."""
     entry, generator = ENTRIES[name], torch.Generator().manual_seed(0)
     mode = "backward" if "backward" in entry.modes else "forward"
     given = entry.inputs(Case("tiny", channels=20, boxes=5, dtype=dtype, layout=layout), generator, torch.device(DEVICE))
@@ -184,53 +181,6 @@ def test_memory_beside_inputs_and_gradient_is_that_of_a_few_maps() -> None:
     small = 128 << 10
     assert all(x.isfinite().all() for x in results)
     assert peak - held < 8 * maps + 4 * vectors + small, f"{(peak - held) / maps:.2f} maps"
-
-
-def huge(layout: str) -> dict[str, Any]:
-    """A pyramid of one level, all of it random, and boxes that cover a good part of it."""
-    memory_format, generator = LAYOUTS[layout], torch.Generator(DEVICE).manual_seed(0)
-
-    def level(std: float) -> list[Tensor]:
-        x = torch.empty(HUGE, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format)
-        return [x.normal_(0.0, std, generator=generator)]
-
-    corners = torch.tensor([[500.0, 700.0, 5000.0, 6000.0], [6000.0, 100.0, 7900.0, 7990.0]], device=DEVICE)
-    counts = torch.full(HUGE[:1], 2, dtype=torch.int32, device=DEVICE)
-    return {
-        "student_features": level(1.0),
-        "teacher_features": level(1.0),
-        "student_gradients": level(0.01),
-        "teacher_gradients": level(0.01),
-        "boxes": (corners.expand(HUGE[0], 2, 4).contiguous(), counts),
-        "image_size": (8000, 8000),
-    }
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_more_than_2_to_the_31_elements(layout: str) -> None:
-    """The last image, which begins before element 2^31 and ends behind it, against itself alone in float64.
-
-    Losses without extrema and with few signs: among a million cells some lie where fp32 and float64 rightly differ about these.
-    """
-    gc.collect()
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < HUGE_BYTES:
-        pytest.skip(f"needs {HUGE_BYTES / 1e9:.0f} GB of free GPU memory")
-    losses: Losses = {
-        "gkd": GKDLoss(normalize="zscore", distance="mse", rectify="none", average="n", reduction="none"),
-        "bmfi": BMFILoss(alpha=0.1, gamma=10.0, area_norm=False, reduction="none"),
-    }
-    given, images = huge(layout), HUGE[0]
-    upstream = torch.ones(1, images, device=DEVICE)
-    *values, gradient = explicit(losses, given, upstream)
-    assert gradient.numel() > 2**31 and gradient.is_contiguous(memory_format=LAYOUTS[layout])
-    last, results = mapped(given, lambda x: x[-1:]), [*(value[:, -1:] for value in values), gradient[-1:]]
-    set_backend("reference")
-    wanted = explicit(losses, moved(last, DEVICE, torch.float64), upstream[:, :1].double())
-    for got, want in zip(results, wanted, strict=True):
-        # Every loss is divided by the number of images.
-        error = float((got.double() * images - want).norm() / want.norm())
-        assert error < (2e-5 if got.dim() == 2 else 4e-3)
 
 
 def test_a_loss_that_inductor_compiled_is_the_eager_one() -> None:

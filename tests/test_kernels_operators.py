@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from all_kernels import on_gpu_kernels
 from operator_samples import (
     DIFFERENTIABLE,
     OPTIONS,
@@ -23,32 +24,33 @@ from operator_samples import (
     with_gradients,
 )
 from torch import Tensor
-from triton_support import DEVICES
 
 from kdkernels import GKDLoss, functional, set_backend
 from kdkernels.ops.terms import MapTerm
 
 
 @pytest.fixture(autouse=True)
-def chosen_triton() -> Iterator[None]:
-    set_backend("triton")
+def chosen(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Chooses the backend that a test is parametrised with."""
+    if "backend" in request.fixturenames:
+        set_backend(request.getfixturevalue("backend"))
     torch._dynamo.reset()
     yield
     set_backend("auto")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize(("layout", "images", "imitations"), SAMPLES)
-def test_terms_operators_are_what_their_schemas_and_fakes_say(layout: str, images: int, imitations: int, device: str) -> None:
-    assert all(map(checked, term_calls("triton", layout, images, imitations, device)))
+def test_terms_operators_are_what_their_schemas_and_fakes_say(layout: str, images: int, imitations: int, backend: str, device: str) -> None:
+    assert all(map(checked, term_calls(backend, layout, images, imitations, device)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_of_samples_with_gaps_are_dense(device: str) -> None:
+@on_gpu_kernels
+def test_gradients_of_samples_with_gaps_are_dense(backend: str, device: str) -> None:
     features, batch = sample("sliced", 2, 1, device)
     assert [x.stride() for x in features] == [(6 * 5 * 14, 5 * 14, 14, 1), (6 * 6, 2 * 6, 3, 1)]
-    rows, *rest = torch.ops.kdkernels.terms_with_gradient("triton", features, *batch.operands, *batch.options)
-    later = torch.ops.kdkernels.terms_backward("triton", torch.ones_like(rows), rest[:4], [], features, *batch.operands, *batch.options)
+    rows, *rest = torch.ops.kdkernels.terms_with_gradient(backend, features, *batch.operands, *batch.options)
+    later = torch.ops.kdkernels.terms_backward(backend, torch.ones_like(rows), rest[:4], [], features, *batch.operands, *batch.options)
     dense = [(6 * 5 * 7, 5 * 7, 7, 1), (3 * 6, 6, 3, 1)]
     assert [x.stride() for x in rest[4:]] == [x.stride() for x in later] == dense
 
@@ -153,9 +155,9 @@ def test_every_operator_has_a_fake_that_was_looked_at() -> None:
     assert registered == {f"kdkernels::{name}" for name in OPERATORS}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize("name", programs())
-def test_one_graph_serves_all_batches(name: str, device: str) -> None:
+def test_one_graph_serves_all_batches(name: str, backend: str, device: str) -> None:
     program = programs()[name]
     run, graphs = compiled(program)
     for images in (2, 3):
@@ -165,8 +167,8 @@ def test_one_graph_serves_all_batches(name: str, device: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_sizes_that_are_all_unknown_compile_once(device: str) -> None:
+@on_gpu_kernels
+def test_sizes_that_are_all_unknown_compile_once(backend: str, device: str) -> None:
     program = programs()["gkd"]
     # More graphs than one are an error within.
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -177,8 +179,8 @@ def test_sizes_that_are_all_unknown_compile_once(device: str) -> None:
             assert is_equal(with_gradients(compiled, given), want)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_batches_that_nobody_announced_compile_a_second_graph_and_no_third(device: str) -> None:
+@on_gpu_kernels
+def test_batches_that_nobody_announced_compile_a_second_graph_and_no_third(backend: str, device: str) -> None:
     program = programs()["fused"]
     graphs: list[Any] = []
 
@@ -192,9 +194,9 @@ def test_batches_that_nobody_announced_compile_a_second_graph_and_no_third(devic
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_derivatives_are_refused(name: str, device: str) -> None:
+def test_second_derivatives_are_refused(name: str, backend: str, device: str) -> None:
     for upstream in (lambda value: value, torch.square):
         differentiate = second_derivative(name, arguments(2, device), upstream)
         with pytest.raises(RuntimeError) as caught:
@@ -202,9 +204,9 @@ def test_second_derivatives_are_refused(name: str, device: str) -> None:
         assert "twice" in str(caught.value)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_a_teacher_may_run_in_inference_mode(name: str, device: str) -> None:
+def test_a_teacher_may_run_in_inference_mode(name: str, backend: str, device: str) -> None:
     given = arguments(2, device)
     leaves = [x.requires_grad_() for x in given["student_features"]]
     with torch.inference_mode():
@@ -213,9 +215,9 @@ def test_a_teacher_may_run_in_inference_mode(name: str, device: str) -> None:
     assert teacher[0].is_inference() and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize("part", ["teacher", "weights", "factor", "second order"])
-def test_gradients_of_constants_are_the_reference_s(part: str, device: str) -> None:
+def test_gradients_of_constants_are_the_reference_s(part: str, backend: str, device: str) -> None:
     given = arguments(2, device)
     student, teacher = given["student_features"], given["teacher_features"]
     sought, primitive = wanting(teacher), "terms"
@@ -237,15 +239,15 @@ def test_gradients_of_constants_are_the_reference_s(part: str, device: str) -> N
     with pytest.raises(RuntimeError) as caught:
         value()
     assert str(caught.value) == (
-        f"backend 'triton' cannot run {primitive}: the teacher's features or the weights require a gradient, which only the reference "
+        f"backend {backend!r} cannot run {primitive}: the teacher's features or the weights require a gradient, which only the reference "
         "gives; choose 'auto' or 'reference'"
     )
     set_backend("auto")
     assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(value().sum(), sought))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_losses_take_a_teacher_that_is_being_trained(device: str) -> None:
+@on_gpu_kernels
+def test_losses_take_a_teacher_that_is_being_trained(backend: str, device: str) -> None:
     given = arguments(2, device)
     teacher = wanting(given["teacher_features"])
     values = [with_gradients(programs()["fused"], {**given, "teacher_features": t}) for t in (given["teacher_features"], teacher)]
@@ -253,9 +255,9 @@ def test_losses_take_a_teacher_that_is_being_trained(device: str) -> None:
     assert all(x.grad is None for x in teacher)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_gpu_kernels
 @pytest.mark.parametrize("name", programs())
-def test_autocast_changes_nothing(name: str, device: str) -> None:
+def test_autocast_changes_nothing(name: str, backend: str, device: str) -> None:
     given = arguments(2, device)
     want = with_gradients(programs()[name], given)
     with torch.autocast(device, torch.bfloat16):

@@ -1,0 +1,60 @@
+"""What may not be exceeded, and the sentences about what was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..ceilings import OTHERS, WIDE
+from .names import arguments
+
+Record = dict[str, Any]
+
+#: Kernel, without template arguments -> registers a thread; `OTHERS` is that of the rest.
+REGISTERS: dict[str, int] = {}
+#: Template arguments of the kernels that stream pyramids: an element's type, or that of mixed ones.
+ELEMENTS = frozenset({"fp32", "fp16", "bf16", "Any"})
+#: Kernels that write pyramids too.
+WRITERS = frozenset({"Gradient"})
+
+
+def broken(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for every ceiling that the results exceed."""
+    return [f"{kernel['kernel']}, sm_{kernel['capability']}: {problem}" for kernel in results["kernels"] for problem in _kernel(kernel)]
+
+
+def most_registers(kernel: Record) -> int:
+    return REGISTERS.get(family(kernel), OTHERS)
+
+
+def family(kernel: Record) -> str:
+    """Its name without template arguments."""
+    return kernel["kernel"].partition("<")[0]
+
+
+def streams(kernel: Record) -> list[str]:
+    """Which of its "loads" and "stores" are of pyramids."""
+    if ELEMENTS.isdisjoint(arguments(kernel["kernel"])):
+        return []
+    return ["loads", "stores"] if family(kernel) in WRITERS else ["loads"]
+
+
+def _kernel(kernel: Record) -> Iterator[str]:
+    counts = {
+        "bytes of stack a thread": kernel["stack"],
+        "bytes of local memory a thread": kernel["local"],
+        "instructions on local memory": kernel["local_loads"] + kernel["local_stores"],
+        "instructions in fp64": kernel["fp64"],
+        "atomic instructions on values": kernel["atomics"],
+    }
+    yield from (f"{count} {what}" for what, count in counts.items() if count)
+    if kernel["registers"] > most_registers(kernel):
+        yield f"{kernel['registers']} registers a thread, more than {most_registers(kernel)}"
+    if not kernel["threads"]:
+        yield "no launch bounds, or a function that was not inlined"
+    elif not kernel["blocks"]:
+        yield "a block does not fit a multiprocessor"
+    for way in streams(kernel):
+        # The copy engine's are wider.
+        if not kernel["bulk"] and not any(int(width) >= WIDE for width in kernel[way]):
+            yield f"no {way} of {WIDE} bytes"
