@@ -52,7 +52,7 @@ struct Numbers {
 // x, target, arriving, out  levels of type X, those that arrive with kArriving;   parts: a number a block, its sum of squared errors, or null
 template <class X, bool kArriving>
 struct Gradient {
-  static constexpr int kThreads = 256, kResident = std::is_same_v<X, Any> ? 1 : 2, kWarps = kThreads / kWarp, kRows = 2;
+  static constexpr int kThreads = 256, kResident = 2, kWarps = kThreads / kWarp, kRows = std::is_same_v<X, Any> ? 1 : 2;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
   struct Shared {
     float of_warp[kWarps];

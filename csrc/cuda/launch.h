@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
+
 // The operators of a file: what csrc/ops.cpp declares, for CUDA.
 #define KD_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m)
 
@@ -88,12 +90,8 @@ class OnDeviceOf {
   // As many blocks as run at the same time, but no more than `most`.
   template <class Kernel>
   void launch_together(Kernel kernel, int64_t most) const {
-    int device = 0, processors = 0, resident = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, run<Kernel>, Kernel::kThreads, 0));
     void* arguments[] = {&kernel};
-    const int64_t blocks = std::min<int64_t>(most, int64_t{processors} * resident);
+    const int64_t blocks = std::min<int64_t>(most, resident<Kernel>());
     STD_CUDA_CHECK(cudaLaunchCooperativeKernel(run<Kernel>, blocks_of(blocks), Kernel::kThreads, arguments, 0, stream_));
   }
 
@@ -101,6 +99,20 @@ class OnDeviceOf {
   static dim3 blocks_of(int64_t count) {
     STD_TORCH_CHECK(count < int64_t{1} << 31, "a pass over so many elements takes more blocks than a launch can have: ", count);
     return dim3(static_cast<unsigned>(count));
+  }
+
+  // Blocks that the current device holds at the same time. Asked once a device, since the answer takes microseconds.
+  template <class Kernel>
+  static int resident() {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];
+    int device = 0, processors = 0, each = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    if (device < kDevices && known[device] > 0) return known[device];
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, run<Kernel>, Kernel::kThreads, 0));
+    if (device < kDevices) known[device] = processors * each;
+    return processors * each;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

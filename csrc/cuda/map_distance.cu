@@ -41,7 +41,7 @@ struct MapTile {
 };
 
 struct MapDistance {
-  static constexpr int kThreads = kMapThreads, kResident = 2;
+  static constexpr int kThreads = kMapThreads, kResident = 1;
   using Shared = MapScratch;
 
   Maps maps;

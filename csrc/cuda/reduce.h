@@ -46,7 +46,7 @@ int64_t read_blocks(const Level& level) {
 // x, target  levels of type X, the target's read with kError; kOnce: nobody reads x again soon;   parts: (N, blocks, C) of each level, a block's channel sums
 template <class X, bool kError, bool kOnce = false>
 struct Reduce {
-  static constexpr int kThreads = 256, kResident = std::is_same_v<X, Any> ? 1 : kError ? 2 : 3;
+  static constexpr int kThreads = 256, kResident = kError || std::is_same_v<X, Any> ? 2 : 3;
   static constexpr int kWarps = kThreads / kWarp, kRows = 4;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
   struct Shared {
@@ -86,16 +86,17 @@ struct Reduce {
     return memory.begin + (n * place.channels * place.pixels + row * length + column) * Elements<X>::bytes(memory);
   }
 
-  // What the warp reads at once.
+  // What the warp reads at once: of wide words fewer rows, for which there are registers.
+  static constexpr int kAtOnce = kError && Words<X>::kWords > 4 ? 1 : kError || Words<X>::kWords > 4 ? 2 : kRows;
   struct Rows {
-    Words<X> x[kRows], target[kError ? kRows : 1];
+    Words<X> x[kAtOnce], target[kError ? kAtOnce : 1];
   };
 
   // Rows first, first + 1, ... of those below `end`; the others are zeros.
   KD_DEVICE void get(Rows& rows, int level, int64_t n, int64_t first, int64_t end, int64_t column, int64_t length) const {
     const Place& place = places.place[level];
     KD_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kAtOnce; ++r) {
       const int64_t left = first + r < end ? length - column : 0;
       Elements<X>::template get<kOnce>(x[level], row_of(x[level], place, n, first + r, column, length), left, rows.x[r]);
       if (!kError) continue;
@@ -117,16 +118,16 @@ struct Reduce {
     float raw_sum[kCount] = {}, magnitude_sum[kCount] = {}, error_sum[kCount] = {};
     for (int64_t first = me.warp() * kRows; first < place.channels; first += kWarps * kRows) {
       Rows rows;
-      get(rows, level, n, first, place.channels, column, place.pixels);
       float across[kRows];
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
+        if (r % kAtOnce == 0) get(rows, level, n, first + r, place.channels, column, place.pixels);
         const bool there = first + r < place.channels;
         const float weight = raw != nullptr && there ? weights[vector + first + r] : 0.0f;
         const float error_weight = error_channel != nullptr && there ? error_channel[vector + first + r] : 1.0f;
         across[r] = 0;
         float value[kCount], goal[kCount];
-        unpack(rows, level, r, value, goal);
+        unpack(rows, level, r % kAtOnce, value, goal);
         KD_UNROLL
         for (int i = 0; i < kCount; ++i) {
           const float size = fabsf(value[i]);
@@ -169,13 +170,13 @@ struct Reduce {
       }
       for (int row = me.warp() * kRows; row < kBand; row += kWarps * kRows) {
         Rows rows;
-        get(rows, level, n, begin + row, end, column, place.channels);
         float of_raw[kRows], of_magnitude[kRows], of_error[kRows];
         KD_UNROLL
         for (int r = 0; r < kRows; ++r) {
+          if (r % kAtOnce == 0) get(rows, level, n, begin + row + r, end, column, place.channels);
           of_raw[r] = of_magnitude[r] = of_error[r] = 0;
           float value[kCount], goal[kCount];
-          unpack(rows, level, r, value, goal);
+          unpack(rows, level, r % kAtOnce, value, goal);
           KD_UNROLL
           for (int i = 0; i < kCount; ++i) {
             const float size = fabsf(value[i]);

@@ -53,7 +53,7 @@ KD_DEVICE const float* behind(const float* packed, int64_t count) { return packe
 //
 // error  maps of the imitations' squared errors;   rows: (rows, L, N)
 struct EvaluateTerms {
-  static constexpr int kThreads = kMapThreads, kResident = 2;
+  static constexpr int kThreads = kMapThreads, kResident = 1;
   struct Shared {
     MapScratch maps;
     // What the block makes. A map's distance leaves no register to keep it in.

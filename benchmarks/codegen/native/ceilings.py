@@ -12,10 +12,12 @@ Record = dict[str, Any]
 
 #: Kernel, without template arguments -> registers a thread; `OTHERS` is that of the rest.
 REGISTERS: dict[str, int] = {}
+#: Chips for which stack and local memory are held against 0; of others they are in the table.
+WITHOUT_SPILLS = (80, 90)
 #: Template arguments of the kernels that stream pyramids: an element's type, or that of mixed ones.
 ELEMENTS = frozenset({"fp32", "fp16", "bf16", "Any"})
 #: Kernels that write pyramids too.
-WRITERS = frozenset({"Gradient"})
+WRITERS = frozenset({"Gradient", "Persistent"})
 
 
 def broken(results: Mapping[str, Any]) -> list[str]:
@@ -40,10 +42,13 @@ def streams(kernel: Record) -> list[str]:
 
 
 def _kernel(kernel: Record) -> Iterator[str]:
-    counts = {
+    spilled = {
         "bytes of stack a thread": kernel["stack"],
         "bytes of local memory a thread": kernel["local"],
         "instructions on local memory": kernel["local_loads"] + kernel["local_stores"],
+    }
+    counts = {
+        **(spilled if kernel["capability"] in WITHOUT_SPILLS else {}),
         "instructions in fp64": kernel["fp64"],
         "atomic instructions on values": kernel["atomics"],
     }

@@ -20,7 +20,7 @@ _NAMED = re.compile(r"\.(sm_(\d+)[a-z]?)\.cubin")
 _USED = re.compile(rf"Function (\S+):\s+{USAGE.pattern}")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)\n", re.MULTILINE)
 #: What a cubin's ELF says of a kernel, and who made it.
-_INFO = re.compile(r"^\.nv\.info\.(\S+)\n((?:[ \t].*\n)*)", re.MULTILINE)
+_INFO = re.compile(r"^\.nv\.info\.(\S+)\n((?:(?:[ \t].*)?\n)*)", re.MULTILINE)
 _THREADS = re.compile(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s*\S+\s+Value:\s*((?:0x[0-9a-f]+ )+)")
 _RELEASE = re.compile(r"Tool Name: ptxas\s+Tool Version: .*\bV(\d[\d.]*)")
 
