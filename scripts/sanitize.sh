@@ -3,7 +3,7 @@
 # First it makes sure that they report what they are there for.
 #
 # SANITIZE: address (default), with undefined behaviour, or thread.   PYTHON: where what builds and tests kdkernels is installed.
-# GXX: g++ with its sanitisers' libraries.   Needs ten minutes or less; what is compiled stays in build/sanitize.
+# GXX: g++ with its sanitisers' libraries.   Needs fifteen minutes or less; what is compiled stays in build/sanitize.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -87,7 +87,9 @@ torch=$("$python" -c 'import torch; print(torch.__path__[0])')
 compile() { "$work/c++" -std=c++17 -fPIC -isystem "$torch/include" "$@"; }
 
 compile -c "$work/threads.cpp" -o "$work/threads.o"
-cp -r kdkernels tests pyproject.toml "$scratch"
+cp -r csrc kdkernels tests pyproject.toml "$scratch"
+mkdir -p "$scratch/build" "$work/emulator"
+ln -s "$work/emulator" "$scratch/build/emulator"
 rm -f "$scratch"/kdkernels/_C_* "$scratch"/kdkernels/_build_info.json
 CXX=$work/c++ KDKERNELS_BUILD=cpu LAST=$([ "$kind" = thread ] && echo "$work/threads.o") \
   "$python" setup.py --quiet build_ext --build-lib "$scratch" --build-temp "$work/native"
@@ -126,12 +128,18 @@ from kdkernels import native
 file, reason = native.library()
 assert not reason and file is not None and file.is_relative_to(Path(sys.argv[1]))
 END
-options=() skip=nothing
-if [ "$kind" = thread ]; then
+options=() skip=nothing names=(-name 'test_native*.py')
+if [ "$kind" = address ]; then
+  # The kernels for CUDA too, as the tests emulate them: by this compiler, without a look at the stack, of which each thread has its own.
+  names+=(-o -name 'test_cuda*.py')
+  export PATH=$work:$PATH LAST='--param asan-stack=0'
+else
+  # Threads that are jumped between are none that it knows.
+  options=(-k 'not cuda')
   # It needs four times the memory that is addressed, and cannot follow a fork of a process that has threads.
   # What a compiler or a disassembler does shows it nothing.
   skip='_(large|operators|isa).py'
-  options=(--deselect tests/test_native_threads.py::test_a_forked_child_computes_and_so_does_its_parent)
+  options+=(--deselect tests/test_native_threads.py::test_a_forked_child_computes_and_so_does_its_parent)
 fi
-mapfile -t tests < <(find tests -name 'test_native*.py' | grep -Ev "$skip" | sort)
+mapfile -t tests < <(find tests "${names[@]}" | grep -Ev "$skip" | sort)
 run -m pytest -p no:cacheprovider "${options[@]}" "$@" "${tests[@]}"
