@@ -105,7 +105,7 @@ def backend_info() -> dict[str, dict[str, Any]]:
     info = {}
     for name, version in versions.items():
         reason, primitives = _absent(name), given[name]
-        used = name == _choice or (_choice == "auto" and not primitives.keys() <= _unfused())
+        used = name == _choice or (_choice == "auto" and not primitives.keys() <= _unfused() | _by_others())
         info[name] = {
             "available": not reason,
             "active": used and not reason,
@@ -284,6 +284,10 @@ def _why(primitive: str, device: torch.device) -> dict[str, str]:
         return {}
     if primitive in _unfused():
         return {"reference": "not fused"}
+    if primitive in _by_others():
+        faster = choice.why(primitive, device.index) if device.type == "cuda" and _choice in ("auto", "native") else {}
+        slower = {"reference": "made of other primitives, as it was not measured as faster"}
+        return {"native": faster["native"]} if "native" in faster else slower
     if _choice != "auto":
         reason = "" if _choice == "reference" else _refuses_device(_choice, device)
         return {_choice: f"named, but calls raise: {reason}" if reason else "named"}
@@ -296,6 +300,13 @@ def _why(primitive: str, device: torch.device) -> dict[str, str]:
     if not refused:
         return choice.why(primitive, device.index)
     return {able[0] if able else "reference": others}
+
+
+def _by_others() -> set[str]:
+    """Primitives that other primitives make up, and that only the native backend has kernels of their own for."""
+    reference, triton, native = (_implementations[name] for name in ("reference", "triton", "native"))
+    own = {name for name in native if native[name].function is not reference[name].function}
+    return {name for name in own if triton[name].function is reference[name].function}
 
 
 def _unfused() -> set[str]:

@@ -60,7 +60,10 @@ print(json.dumps({
 """
 
 #: Modules that tests may need and a GPU machine may lack.
-OPTIONAL = ["accelerate", "build", "hypothesis", "jinja2", "matplotlib", "PIL", "pybind11", "pycocotools", "rich", "setuptools", "typer", "yaml"]
+OPTIONAL = [
+    *("accelerate", "build", "hypothesis", "jinja2", "matplotlib", "PIL"),
+    *("pybind11", "pycocotools", "rich", "setuptools", "typer", "yaml"),
+]
 
 #: Imports each test file and says which need an optional package that is not here. Any other error is left to pytest, which fails with it.
 LEFT_OUT = """

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from choice_support import HOPPER, KEY, PRIMITIVES, forget, level, table, taken, two_backends
+from choice_support import FUSED, HOPPER, KEY, PRIMITIVES, UNFUSED, forget, level, table, taken, two_backends
 from cli import kdkernels as command
 
 import kdkernels
@@ -300,10 +300,19 @@ def test_info_says_which_backend_each_primitive_uses_and_why(folder: Path) -> No
     several = "measured faster: 2 ms against 4 ms of native (sm_90, fp32, contiguous, large, and 1 more of 3 kinds of calls)"
     assert triton.pop("channel_mean") == several
     assert triton.pop("attention") == "measured as fast: 1 ms against 1 ms of native (sm_90, fp16, channels_last, small)"
-    assert set(triton) == set(PRIMITIVES) - {"terms", "channel_mean", "attention"}
+    assert set(triton) == set(FUSED) - {"terms", "channel_mean", "attention"}
     assert set(triton.values()) == {"no measurement for this GPU (sm_90): Triton"}
-    assert info["reference"]["primitives"] == {"normalize_map": "not fused"}
+    assert info["reference"]["primitives"] == UNFUSED
     assert [entry["active"] for entry in info.values()] == [False, True, True]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_info_of_the_one_launch_says_when_it_is_the_fastest(folder: Path) -> None:
+    (folder / "sm_90.json").write_text(table({"terms_persistent bf16 contiguous large": (0.2, 0.15)}))
+    info = kdkernels.backend_info()
+    said = "measured faster: 0.15 ms against 0.2 ms of triton (sm_90, bf16, contiguous, large)"
+    assert info["native"]["primitives"] == {"terms_persistent": said}
+    assert "terms_persistent" not in info["reference"]["primitives"]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -315,7 +324,7 @@ def test_info_without_a_table_without_triton_and_without_both(monkeypatch: pytes
     monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
     assert given("native") == {"not 'triton': triton is not installed"} and given("triton") == set()
     monkeypatch.setitem(native._loaded, "cuda", native.Library(None, "it was not built"))
-    assert given("reference") == {"not fused", "not 'triton': triton is not installed, not 'native': it was not built"}
+    assert given("reference") == {*UNFUSED.values(), "not 'triton': triton is not installed, not 'native': it was not built"}
     assert [name for name, entry in kdkernels.backend_info().items() if entry["active"]] == ["reference"]
 
 
@@ -323,8 +332,8 @@ def test_info_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(native._loaded, "cpu", native.Library(None, ""))
     info = kdkernels.backend_info()
-    assert info["native"]["primitives"] == dict.fromkeys(PRIMITIVES, "the only one with kernels for a CPU")
-    assert info["reference"]["primitives"] == {"normalize_map": "not fused"} and info["triton"]["primitives"] == {}
+    assert info["native"]["primitives"] == dict.fromkeys(FUSED, "the only one with kernels for a CPU")
+    assert info["reference"]["primitives"] == UNFUSED and info["triton"]["primitives"] == {}
     monkeypatch.setitem(native._loaded, "cpu", native.Library(None, "it was not built"))
     assert kdkernels.backend_info()["reference"]["primitives"]["terms"] == "not 'native': it was not built"
 
