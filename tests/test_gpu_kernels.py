@@ -18,6 +18,7 @@ from benchmarks.measure.gate import oracle
 from benchmarks.providers import providers, reference_of
 from benchmarks.registry import ENTRIES, LAYOUTS, Case, flat
 from kdkernels import AIDLoss, BMFILoss, FusedLoss, set_backend
+from kdkernels import backend as backends
 
 pytestmark = pytest.mark.gpu
 TINY = Case("tiny", channels=64, boxes=5)
@@ -66,6 +67,19 @@ def test_small_primitives_agree_with_float64(name: str, dtype: str, layout: str)
     for place, (got, want) in enumerate(zip(results, wanted, strict=True)):
         tolerance = entry.tolerances[dtype].value if place < len(shapes) else entry.tolerances[dtype].gradient
         assert agree(got, want, tolerance).reason == "", f"result {place}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_small_losses_agree_with_float64_in_one_launch_where_there_is_one(dtype: str, layout: str, backend: str) -> None:
+    given = settled(Case("tiny", channels=20, boxes=5, dtype=dtype, layout=layout))
+    with backends.assigned("terms_persistent", backend):
+        results = explicit(both(), given, one())
+    set_backend("reference")
+    wanted = explicit(both(), moved(given, DEVICE, torch.float64), one().double())
+    tolerances = ENTRIES["gkd_bmfi"].tolerances[dtype]
+    for place, (got, want) in enumerate(zip(results, wanted, strict=True)):
+        assert agree(got, want, tolerances.value if place < 2 else tolerances.gradient).reason == "", f"result {place}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -52,7 +52,7 @@ struct MapsAndVectors {
 };
 
 struct Attention {
-  static constexpr int kThreads = kMapThreads, kResident = 2;
+  static constexpr int kThreads = kMapThreads, kResident = 1;
   using Shared = MapScratch;
 
   Shares shares;
@@ -78,7 +78,7 @@ struct Attention {
 
 // The gradient of the sums: own * (grad - sum(own * grad) / count) * factor.
 struct AttentionBackward {
-  static constexpr int kThreads = kMapThreads, kResident = 2;
+  static constexpr int kThreads = kMapThreads, kResident = 1;
   using Shared = MapScratch;
 
   Shares shares;

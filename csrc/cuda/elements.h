@@ -34,9 +34,9 @@ struct alignas(16) Bits {
 };
 
 #ifndef __CUDACC__
-// The emulator counts what kernels move.
-void count_read(int64_t bytes);
-void count_written(int64_t bytes);
+// The emulator counts what kernels move, and raises where a GPU would, for an address that is not aligned.
+void count_read(const char* at, int64_t bytes);
+void count_written(const char* at, int64_t bytes);
 #endif
 
 // kOnce: nobody reads them again, so that the caches need not keep them.
@@ -48,8 +48,8 @@ KD_DEVICE Bits load_bits(const char* at) {
   return {{bits.x, bits.y, bits.z, bits.w}};
 #else
   Bits bits;
+  count_read(at, sizeof(bits));
   memcpy(&bits, at, sizeof(bits));
-  count_read(sizeof(bits));
   return bits;
 #endif
 }
@@ -59,8 +59,8 @@ KD_DEVICE void store_bits(char* at, Bits bits) {
 #ifdef __CUDACC__
   __stcs(reinterpret_cast<uint4*>(at), make_uint4(bits.word[0], bits.word[1], bits.word[2], bits.word[3]));
 #else
+  count_written(at, sizeof(bits));
   memcpy(at, &bits, sizeof(bits));
-  count_written(sizeof(bits));
 #endif
 }
 

@@ -14,7 +14,7 @@
 namespace kd {
 
 // Threads of a block that has nothing else to do; those of other kernels may be fewer.
-constexpr int kMapThreads = 512;
+constexpr int kMapThreads = 1024;
 
 // Numbers that the threads of a block bring together at a time.
 constexpr int kMapSums = 5;

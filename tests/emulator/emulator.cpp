@@ -4,6 +4,7 @@
 #include <exception>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <ucontext.h>
 #include <vector>
 
@@ -19,10 +20,11 @@ Counts& counts() {
   return counts;
 }
 
-void count_read(int64_t bytes) { counts().bytes_read += bytes; }
-void count_written(int64_t bytes) { counts().bytes_written += bytes; }
-
 namespace {
+
+void check_aligned(const char* at, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes != 0) throw std::runtime_error("an access that is not aligned to its size");
+}
 
 constexpr size_t STACK = size_t{64} << 10;
 
@@ -45,6 +47,16 @@ class Order {
 };
 
 }  // namespace
+
+void count_read(const char* at, int64_t bytes) {
+  check_aligned(at, bytes);
+  counts().bytes_read += bytes;
+}
+
+void count_written(const char* at, int64_t bytes) {
+  check_aligned(at, bytes);
+  counts().bytes_written += bytes;
+}
 
 // One thread's run of the kernel, which goes on where it stopped. After the first time it is entered and left by jumps: a change of
 // context asks the system for the signals' mask each time.
