@@ -37,8 +37,7 @@ KD_DEFINE(KD_LIBRARY, m) {
         ") -> ()");
   m.def(
       "terms_persistent(Tensor[] s, Tensor[] t, Tensor[] gradients_s, Tensor[] gradients_t, Tensor mask, Tensor? factors, "
-      "bool absolute_weights, bool absolute, str rectify, str distance, float eps, bool relative, str average, float temperature, "
-      "float[] scales) -> Tensor[]");
+      "str rectify, str distance, float eps, bool relative, str average, float temperature, float[] scales) -> Tensor[]");
   m.def("weighted_channel_sum(Tensor[] x, Tensor w, bool absolute) -> Tensor");
   m.def("weighted_channel_sum_backward(Tensor[] x, Tensor w, Tensor grad, bool absolute) -> Tensor[]");
   m.def("cpu_capability() -> str");

@@ -42,7 +42,8 @@ _FUSED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _implementations: dict[str, dict[str, Implementation]] = {"reference": {}, "triton": {}, "native": {}}
 #: Primitive -> the backend that `auto` takes for it, whatever is measured.
 _assigned: dict[str, str] = {}
-_fallback_told = False
+#: Backends that calls have fallen back to, and that this was said of.
+_fallbacks_told: set[str] = set()
 
 
 def _found(package: str) -> bool:
@@ -81,8 +82,11 @@ def set_backend(name: str) -> None:
 def assigned(primitive: str, name: str) -> Iterator[None]:
     """Within it `auto` has only the named backend for `primitive`, and raises RuntimeError where that cannot serve a call. For measuring.
 
-    It counts for all threads, and those of one primitive are not to be nested.
+    It counts for all threads, and those of one primitive are not to be nested. Raises ValueError for an unknown primitive or backend.
     """
+    for what, given, known in (("primitive", primitive, _implementations["reference"]), ("backend", name, _implementations)):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; they are {', '.join(known)}")
     _assigned[primitive] = name
     try:
         yield
@@ -102,10 +106,12 @@ def backend_info() -> dict[str, dict[str, Any]]:
     """
     versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": native.version()}
     given = _given()
+    # Whoever makes up a primitive of others does not serve it.
+    idle = {"reference": _unfused() | _by_others()}
     info = {}
     for name, version in versions.items():
         reason, primitives = _absent(name), given[name]
-        used = name == _choice or (_choice == "auto" and not primitives.keys() <= _unfused() | _by_others())
+        used = name == _choice or (_choice == "auto" and not primitives.keys() <= idle.get(name, set()))
         info[name] = {
             "available": not reason,
             "active": used and not reason,
@@ -124,6 +130,7 @@ def register(
     dtypes: frozenset[torch.dtype] | None = _FUSED_DTYPES,
 ) -> None:
     """Makes `function` the one that `backend` offers for `primitive`; see `Implementation`. The reference takes everything."""
+    choice.PRIMITIVES.add(primitive)
     _implementations[backend][primitive] = Implementation(function, refuses, None if backend == "reference" else dtypes)
 
 
@@ -164,11 +171,13 @@ def resolve(primitive: str, tensors: Sequence[Tensor], *args: Any) -> Callable[.
 def prefers(name: str, primitive: str, tensors: Sequence[Tensor]) -> bool:
     """Whether `name` was measured as the fastest for this call of a primitive that other primitives can do as well.
 
-    Where nothing was measured: no. The present choice has to be `auto` or `name`.
+    Where nothing was measured: no. The present choice has to be `auto` or `name`. Within `assigned` that says it.
     """
+    if _choice not in ("auto", name):
+        return False
     if primitive in _assigned:
         return _assigned[primitive] == name
-    return _choice in ("auto", name) and tensors[0].is_cuda and choice.order(primitive, tensors)[0] == name
+    return tensors[0].is_cuda and choice.order(primitive, tensors)[0] == name
 
 
 def refuses_constants(constants: Iterable[Tensor], device: torch.device, what: str) -> str:
@@ -256,11 +265,10 @@ def _validate(name: str) -> None:
 
 
 def _tell_fallback(primitive: str, used: str, refused: Mapping[str, str]) -> None:
-    """Says once which backend `auto` uses after others have refused, and why these did."""
-    global _fallback_told
-    if torch.compiler.is_compiling() or not refused or _fallback_told:
+    """Says once of each backend that `auto` uses it after others have refused, and why these did."""
+    if not refused or torch.compiler.is_compiling() or used in _fallbacks_told:
         return
-    _fallback_told = True
+    _fallbacks_told.add(used)
     # A library that is there was meant to be used.
     unfit = any(file is not None and reason and reason == refused.get("native") for file, reason in native.loaded())
     level = logging.WARNING if unfit else logging.INFO
@@ -285,7 +293,8 @@ def _why(primitive: str, device: torch.device) -> dict[str, str]:
     if primitive in _unfused():
         return {"reference": "not fused"}
     if primitive in _by_others():
-        faster = choice.why(primitive, device.index) if device.type == "cuda" and _choice in ("auto", "native") else {}
+        fits = device.type == "cuda" and _choice in ("auto", "native") and not _refuses_device("native", device)
+        faster = choice.why(primitive, device.index) if fits else {}
         slower = {"reference": "made of other primitives, as it was not measured as faster"}
         return {"native": faster["native"]} if "native" in faster else slower
     if _choice != "auto":

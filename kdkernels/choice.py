@@ -27,6 +27,8 @@ TABLES = Path(__file__).with_name("choices")
 SCHEMA = 1
 #: Those with kernels for a GPU, in the order in which `auto` tries them where nothing was measured.
 BACKENDS = ("triton", "native")
+#: What a table can be about. `kdkernels.backend` adds them as they are registered.
+PRIMITIVES: set[str] = set()
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: What a table says of each key: milliseconds of all backends, the fastest first.
@@ -104,6 +106,12 @@ def times(chip: tuple[int, int]) -> Times:
     return {key: {name: entry["ms"][name] for name in sorted(BACKENDS, key=entry["ms"].__getitem__)} for key, entry in entries.items()}
 
 
+def forget() -> None:
+    """Tables are read again: for who has written one."""
+    times.cache_clear()
+    _orders.cache_clear()
+
+
 @cache
 def _orders(device: int) -> Mapping[tuple[str, ...], tuple[str, ...]]:
     chip = tables.capability(device)
@@ -127,4 +135,4 @@ def _problem(entry: Any) -> str:
     return ""
 
 
-TABLE = tables.Kind("times of backends", SCHEMA, _problem)
+TABLE = tables.Kind("times of backends", SCHEMA, _problem, PRIMITIVES)

@@ -11,13 +11,14 @@ A table is a JSON object:
     {"schema": 1, "capability": [9, 0], "runs": [provenance of a measurement, ...],
      "entries": {"reduce bf16 contiguous large": {..., "run": 0}, ...}}
 
-An entry's "run" is its place in "runs". What else is in it is the table's own matter: `kdkernels.triton.launch` and `kdkernels.choice`.
+An entry's "run" is the place in "runs" of the one that measured it. What else is in it is the table's own matter:
+`kdkernels.triton.launch` and `kdkernels.choice`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,11 +52,13 @@ class Kind:
     what:    in words, for errors
     schema:  of their entries
     problem: what is wrong with an entry, "" for nothing
+    known:   the names that a key can have; empty where any may be one
     """
 
     what: str
     schema: int
     problem: Callable[[Any], str]
+    known: Collection[str] = ()
 
     def read(self, file: Path) -> dict[str, Any]:
         """The table in this file, checked. Raises ValueError with the file, and the key where it is about one, for what is no table."""
@@ -71,7 +74,7 @@ class Kind:
         if not isinstance(entries, dict) or not isinstance(table.get("runs"), list):
             raise ValueError(f"{file}: entries must be an object and runs a list")
         for name, entry in entries.items():
-            if problem := _wrong_key(name) or self.problem(entry):
+            if problem := _wrong_key(name, self.known) or self.problem(entry) or _wrong_run(entry, table["runs"]):
                 raise ValueError(f"{file}: {name}: {problem}")
         return table
 
@@ -111,13 +114,20 @@ def architecture(chip: tuple[int, int]) -> str:
     return f"sm_{chip[0]}{chip[1]}"
 
 
-def _wrong_key(name: str) -> str:
-    """What is wrong with an entry's name, "" for nothing."""
+def _wrong_key(name: str, names: Collection[str]) -> str:
+    """What is wrong with an entry's name, "" for nothing. names: as `Kind.known`"""
     words = name.split(" ")
     if len(words) != len(Key._fields):
         return f"expected a key of {', '.join(Key._fields)} with a space between them"
     key = Key(*words)
-    for field, known in (("dtype", tuple(DTYPES.values())), ("layout", LAYOUTS), ("size", tuple(SIZES))):
+    kinds = {"dtype": DTYPES.values(), "layout": LAYOUTS, "size": SIZES, **({"name": sorted(names)} if names else {})}
+    for field, known in kinds.items():
         if getattr(key, field) not in known:
             return f"{field} must be one of {', '.join(known)}; got {getattr(key, field)!r}"
     return ""
+
+
+def _wrong_run(entry: Any, runs: Sequence[Any]) -> str:
+    """What is wrong with an entry's "run", "" for nothing."""
+    run = entry.get("run")
+    return "" if type(run) is int and 0 <= run < len(runs) else f"run must be a place in runs, of which there are {len(runs)}; got {run!r}"

@@ -34,8 +34,7 @@ def table(entries: Mapping[str, tuple[float, float]], capability: tuple[int, int
 
 
 def forget() -> None:
-    choice._orders.cache_clear()
-    choice.times.cache_clear()
+    choice.forget()
     tables.capability.cache_clear()
 
 
@@ -47,7 +46,7 @@ def two_backends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
     monkeypatch.setattr(backend, "_TRITON_INSTALLED", True)
     monkeypatch.setattr(backend, "_choice", "auto")
-    monkeypatch.setattr(backend, "_fallback_told", False)
+    monkeypatch.setattr(backend, "_fallbacks_told", set())
     monkeypatch.setitem(native._loaded, "cuda", native.Library(folder / "_C_cuda.so", ""))
     forget()
     yield folder

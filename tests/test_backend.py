@@ -20,7 +20,7 @@ UNBUILT = native.Library(None, "this installation has no compiled library")
 @pytest.fixture(autouse=True)
 def restore(monkeypatch):
     monkeypatch.setattr(backend, "_choice", "auto")
-    monkeypatch.setattr(backend, "_fallback_told", False)
+    monkeypatch.setattr(backend, "_fallbacks_told", set())
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from kdkernels import backend, choice
 from kdkernels.tables import DTYPES, LAYOUTS, SIZES, Key
 
 CPU = torch.device("cpu")
+ONE_LAUNCH = "terms_persistent"
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,10 @@ def test_a_grid_has_every_fused_primitive_and_each_key_once() -> None:
     assert set(subjects.SUBJECTS) == set(PRIMITIVES)
     keys = subjects.grid(tuple(subjects.SUBJECTS), tuple(DTYPES.values()), LAYOUTS, tuple(written.CASES))
     of = {name: [(key, case) for key, case in keys if key.name == name] for name in PRIMITIVES}
-    assert {len(found) for name, found in of.items() if name not in ("map_distance", "box_mask", "feature_imitation")} == {18}
+    assert {len(found) for name, found in of.items() if name not in ("map_distance", "box_mask", "feature_imitation", ONE_LAUNCH)} == {18}
+    # It takes no fp16, and is held against what the entries before it make of the others.
+    assert len(of[ONE_LAUNCH]) == 12 and [key.name for key, _ in keys[-12:]] == [ONE_LAUNCH] * 12
+    assert "fp16" not in {case.dtype for _, case in of[ONE_LAUNCH]}
     assert len(dict(keys)) == len(keys)
     # Maps and boxes are fp32 and small, on whatever features: the largest case stands for them.
     ((key, case),) = of["map_distance"]
@@ -161,6 +165,25 @@ def test_what_is_measured_is_what_auto_then_takes(folder: Path, capsys: pytest.C
     assert "4 entries to measure, 4 are there" in capsys.readouterr().err
     assert {entry["run"] for entry in choice.TABLE.read(folder / "sm_90.json")["entries"].values()} == {0, 1}
     assert list(folder.iterdir()) == [folder / "sm_90.json"]
+
+
+@pytest.mark.usefixtures("measuring")
+def test_the_one_launch_is_measured_last_against_the_passes_of_the_table_just_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stands beside nothing else: what is measured would not be called."""
+    seen: list[tuple[str, dict[str, str], str]] = []
+    inner = contest.contest
+
+    def contested(*args: Any) -> contest.Outcome:
+        seen.append((args[1].primitive, dict(backend._assigned), choice.order("terms", [level()])[0]))
+        return inner(*args)
+
+    monkeypatch.setattr(contest, "contest", contested)
+    assert choice.order("terms", [level()])[0] == "triton"
+    words = ["choose", "--device", "cpu", "--case", "tiny", "--layout", "contiguous", "--dtype", "bf16"]
+    assert main([*words, "--primitive", f"{ONE_LAUNCH},terms,channel_mean"]) == 0
+    alone = {ONE_LAUNCH: "reference"}
+    assert seen == [("terms", alone, "triton"), ("channel_mean", alone, "native"), (ONE_LAUNCH, {}, "native")]
+    assert backend._assigned == {} and backend.prefers("native", ONE_LAUNCH, [level()])
 
 
 def test_it_refuses_without_a_gpu_and_without_a_backend(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from choice_support import FUSED, HOPPER, KEY, PRIMITIVES, UNFUSED, forget, level, table, taken, two_backends
 from cli import kdkernels as command
+from torch import Tensor
 
 import kdkernels
 from benchmarks.cli import main
@@ -24,6 +25,9 @@ from kdkernels.tables import DTYPES, LAYOUTS, SIZES, Key
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with two_backends(tmp_path, monkeypatch):
         yield tmp_path
+
+
+ONE_LAUNCH = "terms_persistent bf16 contiguous small"
 
 
 @pytest.fixture
@@ -89,11 +93,12 @@ def test_the_first_tensor_gives_type_and_layout_and_all_give_the_size() -> None:
         ({"ms": {"triton": 1.0, "native": True}}, "numbers above 0"),
         ({"ms": {"triton": float("nan"), "native": 1.0}}, "numbers above 0"),
         ({"ms": {"triton": "1", "native": 1.0}}, "numbers above 0"),
+        *(({"ms": dict.fromkeys(choice.BACKENDS, 1.0), **run}, "run must be a place in runs") for run in ({}, {"run": 1}, {"run": True})),
     ],
 )
 def test_a_wrong_entry_is_an_error_with_file_and_key(folder: Path, entry: Any, said: str) -> None:
     """Also where this call would not have used it."""
-    whole = {"schema": 1, "capability": [9, 0], "runs": [], "entries": {"terms fp32 contiguous large": entry}}
+    whole = {"schema": 1, "capability": [9, 0], "runs": [{}], "entries": {"terms fp32 contiguous large": entry}}
     (folder / "sm_90.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="sm_90.json: terms fp32 contiguous large: ") as caught:
         taken(level())
@@ -106,6 +111,7 @@ def test_a_wrong_entry_is_an_error_with_file_and_key(folder: Path, entry: Any, s
         ("{", "no JSON"),
         ('{"schema": 2}', "no table of times of backends with schema 1"),
         (table({"channel_mean fp64 contiguous small": (1.0, 2.0)}), "dtype must be one of"),
+        (table({"mean fp32 contiguous small": (1.0, 2.0)}), "mean fp32 contiguous small: name must be one of attention, "),
         (table({KEY: (1.0, 2.0)}, (8, 0)), "of compute capability 8.0"),
     ],
 )
@@ -157,6 +163,20 @@ def test_where_the_chosen_one_refuses_a_call_the_other_serves_it(folder: Path, c
     assert "backend auto: using 'native' for channel_mean, not 'triton': it takes maps of fewer than 16777216 pixels" in caplog.text
 
 
+def test_what_is_fallen_back_to_is_said_once_of_each_backend(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = level(dtype=torch.float32, shape=(1, 1, 1 << 12, 1 << 12))
+    wide = level(dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="kdkernels"):
+        assert [taken(x) for x in (huge, wide, huge, wide)] == ["native", "reference", "native", "reference"]
+    assert [record.getMessage().partition(" for ")[0] for record in caplog.records] == [
+        "backend auto: using 'native'",
+        "backend auto: using 'reference'",
+    ]
+    # Where nothing was refused there is nothing to look up.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: pytest.fail("asked"))
+    backend._tell_fallback("channel_mean", "triton", {})
+
+
 def test_where_both_refuse_a_call_the_reference_serves_it_and_both_reasons_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kdkernels"):
         assert taken(level(dtype=torch.float64)) == "reference"
@@ -171,10 +191,10 @@ def test_without_triton_native_serves_and_without_a_library_triton_does(
         monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
         assert taken(level("large")) == "native"
         monkeypatch.setattr(backend, "_TRITON_INSTALLED", True)
-        monkeypatch.setattr(backend, "_fallback_told", False)
+        monkeypatch.setattr(backend, "_fallbacks_told", set())
         monkeypatch.setitem(native._loaded, "cuda", native.Library(None, "it was not built"))
         assert taken(level()) == "triton"
-        monkeypatch.setattr(backend, "_fallback_told", False)
+        monkeypatch.setattr(backend, "_fallbacks_told", set())
         monkeypatch.setitem(native._loaded, "cuda", native.Library(folder, "_C_cuda.so: it is too old"))
         assert taken(level()) == "triton"
     told = [(record.levelno, record.getMessage().partition("using ")[2]) for record in caplog.records]
@@ -209,6 +229,52 @@ def test_an_assigned_backend_is_the_only_one_that_auto_has(folder: Path, monkeyp
     assert taken(level()) == "native"
 
 
+def test_only_what_there_is_can_be_assigned() -> None:
+    for primitive, name, said in (("channel_means", "native", "primitive 'channel_means'"), ("terms", "auto", "backend 'auto'")):
+        with pytest.raises(ValueError, match=f"unknown {said}; they are "), backend.assigned(primitive, name):
+            pass
+    assert backend._assigned == {}
+
+
+# One launch for what other primitives do as well
+
+
+def preferred(x: Tensor) -> bool:
+    return backend.prefers("native", "terms_persistent", [x])
+
+
+@pytest.mark.parametrize(("ms", "said"), [((2.0, 1.0), True), ((1.0, 2.0), False), ((1.0, 1.0), False)])
+def test_one_launch_is_preferred_where_it_was_faster(folder: Path, ms: tuple[float, float], said: bool) -> None:
+    (folder / "sm_90.json").write_text(table({ONE_LAUNCH: ms}))
+    assert preferred(level()) is said
+    others = [level("large"), level(dtype=torch.float32), level(layout="channels_last"), level(dtype=torch.float64), torch.ones(1, 1, 2, 2)]
+    assert not any(preferred(x) for x in others)
+
+
+@pytest.mark.parametrize(("name", "said"), [("auto", True), ("native", True), ("triton", False), ("reference", False)])
+def test_one_launch_is_the_native_backends(folder: Path, name: str, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_choice", name)
+    assert not preferred(level())
+    forget()
+    (folder / "sm_90.json").write_text(table({ONE_LAUNCH: (2.0, 1.0)}))
+    assert preferred(level()) is said
+
+
+def test_one_launch_is_what_is_assigned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not preferred(level())
+    with backend.assigned("terms_persistent", "native"):
+        assert preferred(level()) and preferred(level(dtype=torch.float32))
+        monkeypatch.setattr(backend, "_choice", "reference")
+        assert not preferred(level())
+        monkeypatch.setattr(backend, "_choice", "auto")
+    forget()
+    (folder / "sm_90.json").write_text(table({ONE_LAUNCH: (2.0, 1.0)}))
+    for name in ("triton", "reference"):
+        with backend.assigned("terms_persistent", name):
+            assert not preferred(level())
+    assert preferred(level())
+
+
 # The library for CUDA
 
 
@@ -241,14 +307,19 @@ def test_what_puts_the_operators_out_of_use_does_so_on_cuda_too(monkeypatch: pyt
 
 def test_a_library_for_cuda_must_have_what_the_other_has(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     there = {("kdkernels_native::terms", "CPU"), ("kdkernels_native::attention", "CPU"), ("kdkernels_native::attention", "CUDA")}
-    monkeypatch.setattr(torch._C, "_dispatch_get_all_op_names", lambda: ["aten::add", *sorted({name for name, _ in there})])
+    there.add(("kdkernels_native::cpu_capability", "CompositeExplicitAutograd"))
+    # The one launch has kernels for nothing else.
+    known = ["aten::add", *(f"kdkernels_native::{name}" for name in ("terms", "attention", "cpu_capability", "terms_persistent"))]
+    monkeypatch.setattr(torch._C, "_dispatch_get_all_op_names", lambda: known)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *asked: asked in there)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native, "_open", lambda file: "")
     monkeypatch.setitem(native._loaded, "cpu", native.Library(folder, ""))
     (folder / "_C_cuda.abi3.so").touch()
-    assert native.load("cuda", folder).reason == "_C_cuda.abi3.so: it was built from other sources and has no terms"
+    assert native.load("cuda", folder).reason == "_C_cuda.abi3.so: it was built from other sources and has no terms, terms_persistent"
     there.add(("kdkernels_native::terms", "CUDA"))
+    assert native.load("cuda", folder).reason.endswith("and has no terms_persistent")
+    there.add(("kdkernels_native::terms_persistent", "CUDA"))
     assert native.load("cuda", folder).reason == ""
 
 
@@ -307,12 +378,17 @@ def test_info_says_which_backend_each_primitive_uses_and_why(folder: Path) -> No
 
 
 @pytest.mark.usefixtures("gpu")
-def test_info_of_the_one_launch_says_when_it_is_the_fastest(folder: Path) -> None:
+def test_info_of_the_one_launch_says_when_it_is_the_fastest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "sm_90.json").write_text(table({"terms_persistent bf16 contiguous large": (0.2, 0.15)}))
     info = kdkernels.backend_info()
     said = "measured faster: 0.15 ms against 0.2 ms of triton (sm_90, bf16, contiguous, large)"
     assert info["native"]["primitives"] == {"terms_persistent": said}
     assert "terms_persistent" not in info["reference"]["primitives"]
+    assert [name for name, entry in info.items() if entry["active"]] == ["triton", "native"]
+    monkeypatch.setitem(native._loaded, "cuda", native.Library(None, "it was not built"))
+    info = kdkernels.backend_info()
+    assert info["native"]["primitives"] == {} and not info["native"]["active"]
+    assert info["reference"]["primitives"] == UNFUSED
 
 
 @pytest.mark.usefixtures("gpu")

@@ -255,8 +255,9 @@ def test_what_cannot_be_compiled_is_told(capsys: pytest.CaptureFixture[str]) -> 
 def test_kernels_are_compiled_with_the_parameters_of_every_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each size of inputs has its own; where a table has none for a type, the heuristic's are compiled."""
     chosen = {"num_warps": 4, "BLOCK": 64}
-    entries = {f"reduce bf16 contiguous {size}": {"parameters": chosen if size == "large" else None} for size in launch_parameters.SIZES}
-    table = {"schema": launch_parameters.SCHEMA, "capability": [9, 0], "runs": [], "entries": entries}
+    of_sizes = {size: chosen if size == "large" else None for size in launch_parameters.SIZES}
+    entries = {f"reduce bf16 contiguous {size}": {"parameters": of_size, "run": 0} for size, of_size in of_sizes.items()}
+    table = {"schema": launch_parameters.SCHEMA, "capability": [9, 0], "runs": [{}], "entries": entries}
     monkeypatch.setattr(launch_parameters, "TABLES", tmp_path)
     launch_parameters.path((9, 0)).write_text(json.dumps(table))
     assert worker.tabulated(90, Case(dtype="bf16")) == [{}, {"reduce": chosen}]

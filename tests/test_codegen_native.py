@@ -284,6 +284,12 @@ def test_every_ceiling_is_noticed(changes: dict[str, Any], said: str | None) -> 
     assert broken(results) == ([] if said is None else [f"{name}, sm_90: {said}"])
 
 
+@pytest.mark.parametrize("chip", SHARED)
+def test_spills_count_on_the_chips_that_the_page_names(chip: int) -> None:
+    results = recorded(capability=chip, stack=8)
+    assert bool(broken(results)) == (f"sm_{chip}" in page(results).partition("no stack and no spills for")[2].partition(";")[0])
+
+
 def test_what_several_files_have_is_told_once() -> None:
     reduce, sums = library.kernels(90, RECORDED)
     assert [made["kernel"] for made in run.records([sums, reduce, reduce])] == ["Reduce<bf16>", "SumParts"]

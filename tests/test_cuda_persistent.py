@@ -13,7 +13,7 @@ from operator_samples import checked
 from toolchain import needs_compiler
 from torch import Tensor
 
-from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, backend, set_backend
+from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, backend, ops, set_backend
 from kdkernels.losses import DistillationLoss
 
 pytestmark = needs_compiler
@@ -35,6 +35,20 @@ def automatic() -> Iterator[None]:
     set_backend("auto")
     yield
     set_backend("auto")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The primitives that are called, in order."""
+    found: list[str] = []
+    run = backend.call
+
+    def call(primitive: str, *args: Any) -> Any:
+        found.append(primitive)
+        return run(primitive, *args)
+
+    monkeypatch.setattr(backend, "call", call)
+    return found
 
 
 def case(dtype: torch.dtype, layout: str, images: int, sizes: Sizes) -> dict[str, Any]:
@@ -71,6 +85,15 @@ def one_launch(losses: Losses, given: dict[str, Any], *upstream: float, seed: in
         return step(losses, given, *upstream)
 
 
+def directly(given: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of the primitive itself; the student's levels are leaves."""
+    names = ("teacher_features", "student_gradients", "teacher_gradients")
+    leaves = [x.detach().requires_grad_() for x in given["student_features"]]
+    masks = [torch.rand(x.shape[0], *x.shape[2:]) for x in leaves]
+    options = ops.PersistentOptions("abs", "l1", 1e-6, "relative", "nhw", 0.5)
+    return (leaves, *(given[name] for name in names), masks, [0.5, 1.0, 2.0], options)
+
+
 def exact(losses: Losses, given: dict[str, Any], *upstream: float) -> list[Tensor]:
     wide = {
         name: [x.double() for x in value] if name.endswith(("features", "gradients")) else value for name, value in given.items()
@@ -101,7 +124,7 @@ def test_values_and_gradients_are_those_of_float64(name: str, dtype: torch.dtype
 @pytest.mark.parametrize(
     "options",
     [
-        {"channel_weight": "abs", "activation": "abs", "rectify": "relu", "eps": 1e-7, "eps_mode": "absolute"},
+        {"rectify": "relu", "eps": 1e-7, "eps_mode": "absolute"},
         {"distance": "mse", "rectify": "none"},
         {"distance": "smooth_l1", "average": "n"},
     ],
@@ -161,33 +184,97 @@ def test_what_is_not_finite_is_where_the_passes_have_it(broken: str, value: floa
     [
         ({"gkd": GKDLoss()}, {}),
         ({"gkd": GKDLoss(normalize="zscore"), "bmfi": BMFILoss()}, {}),
+        ({"gkd": GKDLoss(channel_weight="abs"), "bmfi": BMFILoss()}, {}),
+        ({"gkd": GKDLoss(activation="abs"), "bmfi": BMFILoss()}, {}),
         ({"gkd": GKDLoss(), "bmfi": BMFILoss(lambda_=0.1)}, {}),
         ({"gkd": GKDLoss(), "bmfi": BMFILoss(attention_from="mean")}, {}),
         ({"gkd": GKDLoss(), "bmfi": BMFILoss()}, {"dtype": torch.float16}),
         ({"gkd": GKDLoss(), "bmfi": BMFILoss()}, {"sizes": ((4, 3, 3),) * 9}),
     ],
 )
-def test_what_it_cannot_do_is_done_by_passes(losses: Losses, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_do_is_done_by_passes(losses: Losses, change: dict[str, Any], called: list[str]) -> None:
     given = case(change.get("dtype", torch.float32), "contiguous", 2, change.get("sizes", SIZES["odd"][1]))
-    called: list[str] = []
-    run = backend.call
-
-    def call(primitive: str, *args: Any) -> Any:
-        called.append(primitive)
-        return run(primitive, *args)
-
-    monkeypatch.setattr(backend, "call", call)
-    with backend.assigned("terms_persistent", "native"):
-        step(losses, given, 1.0)
+    one_launch(losses, given, 1.0)
     assert "terms" in called and "terms_persistent" not in called
 
 
-def test_without_a_measurement_the_passes_are_taken() -> None:
+@pytest.mark.parametrize("preferred", [True, False])
+def test_it_is_taken_where_it_is_preferred(preferred: bool, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def prefers(name: str, primitive: str, tensors: list[Tensor]) -> bool:
+        asked.append((name, primitive))
+        return preferred
+
+    monkeypatch.setattr(backend, "prefers", prefers)
+    with emulated():
+        step(both(), case(torch.float32, "contiguous", *SIZES["odd"]), 1.0)
+    assert asked == [("native", "terms_persistent")]
+    assert ("terms_persistent" in called, "terms" in called) == (preferred, not preferred)
+
+
+def test_tensors_on_a_cpu_are_refused(called: list[str]) -> None:
+    """By a loss, which goes by passes, and by the primitive: `auto` has its reference, a named backend says why."""
     given = case(torch.float32, "contiguous", *SIZES["odd"])
-    with emulated() as emulator:
-        emulator.reset_counts()
+    with backend.assigned("terms_persistent", "native"):
         step(both(), given, 1.0)
-        assert emulator.counts()["launches"] > 2
+    assert "terms" in called and "terms_persistent" not in called
+    arguments = directly(given)
+    want = ops.terms_persistent(*arguments)
+    with emulated():
+        got = ops.terms_persistent(*arguments)
+    assert max(error(a, b.double()) for a, b in zip(got, want, strict=True)) < VALUE
+    set_backend("native")
+    with pytest.raises(RuntimeError, match="cannot run terms_persistent: one launch is for a GPU, the tensors are on cpu"):
+        ops.terms_persistent(*arguments)
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_graph_behind_the_teachers_losses_is_left_alone(freed: bool) -> None:
+    given = case(torch.float32, "contiguous", *SIZES["odd"])
+    losses: Losses = {name: AIDLoss(loss) for name, loss in both().items()}
+    leaf = given["teacher_losses"].clone().requires_grad_()
+    own = leaf * leaf
+    if freed:
+        own.sum().backward()
+        leaf.grad = None
+    want = one_launch(losses, {**given, "teacher_losses": own.detach()}, 1.0)
+    leaves = [x.detach().requires_grad_() for x in given["student_features"]]
+    with emulated(), backend.assigned("terms_persistent", "native"):
+        values = FusedLoss(losses)(**{**given, "student_features": leaves, "teacher_losses": own})
+        sum(values.values()).sum().backward()
+    assert leaf.grad is None
+    assert all(same_bits(a, b) for a, b in zip([*values.values(), *(x.grad for x in leaves)], want, strict=True))
+
+
+def test_the_primitives_factors_are_constants() -> None:
+    s, *others, options = directly(case(torch.float32, "contiguous", *SIZES["odd"]))
+    factors = [torch.tensor(2.0, requires_grad=True) for _ in range(3)]
+    with emulated():
+        values = ops.terms_persistent(s, *others[:-1], factors, options)
+        sum(value.sum() for value in values).backward()
+    assert all(factor.grad is None for factor in factors) and all(x.grad is not None for x in s)
+
+
+def test_a_teachers_features_may_require_a_gradient(called: list[str]) -> None:
+    """As in a loop that asks autograd for the teacher's gradients."""
+    given = case(torch.float32, "contiguous", *SIZES["odd"])
+    want = one_launch(both(), given, 1.0)
+    leaves = [x.clone().requires_grad_() for x in given["teacher_features"]]
+    got = one_launch(both(), {**given, "teacher_features": leaves}, 1.0)
+    assert called.count("terms_persistent") == 2 and "terms" not in called
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("argument", ["student_gradients", "teacher_gradients"])
+def test_what_is_no_pyramid_is_called_by_its_name(argument: str) -> None:
+    given = case(torch.float32, "contiguous", *SIZES["odd"])
+    given[argument][1] = given[argument][1][0]
+    with pytest.raises(ValueError, match=rf"^{argument}, level 1: expected shape \(N, C, H, W\)") as found:
+        one_launch(both(), given)
+    with pytest.raises(ValueError, match="expected shape") as by_passes:
+        step(both(), given)
+    assert str(found.value) == str(by_passes.value)
 
 
 def test_the_passes_are_its_reference() -> None:
@@ -204,7 +291,7 @@ def test_the_operator_is_what_its_schema_and_fake_say(images: int, layout: str) 
     given = case(torch.float32, layout, images, SIZES["odd"][1])
     masks = torch.rand(images * sum(h * w for _, h, w in SIZES["odd"][1]))
     pyramids = [given[name] for name in ("student_features", "teacher_features", "student_gradients", "teacher_gradients")]
-    arguments = (True, False, "abs", "l1", 1e-6, True, "nhw", 0.5, [1.0, 0.5, 0.25, 2.0])
+    arguments = ("abs", "l1", 1e-6, True, "nhw", 0.5, [1.0, 0.5, 0.25, 2.0])
     with emulated():
         call = (torch.ops.kdkernels.terms_persistent, ("native", *pyramids, masks, torch.rand(4, 3, images), *arguments))
         assert checked(call)
@@ -213,7 +300,7 @@ def test_the_operator_is_what_its_schema_and_fake_say(images: int, layout: str) 
 def test_more_than_eight_levels_are_refused_by_the_operator() -> None:
     given = case(torch.float32, "contiguous", 1, ((4, 3, 3),) * 9)
     names = ("student_features", "teacher_features", "student_gradients", "teacher_gradients")
-    arguments = (False, False, "abs", "l1", 1e-6, True, "n", 0.5, [1.0] * 4)
+    arguments = ("abs", "l1", 1e-6, True, "n", 0.5, [1.0] * 4)
     with emulated(), pytest.raises(RuntimeError, match="8 levels, got 9"):
         torch.ops.kdkernels_emulated.terms_persistent(*(given[name] for name in names), torch.zeros(81), None, *arguments)
     assert len(given["student_features"]) == 9

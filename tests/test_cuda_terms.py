@@ -15,8 +15,8 @@ from fused_support import GRAINS, INF, NAN, SMALL, called, evaluated, of_one_gra
 from levels import DTYPES, pyramid, relative_error
 from native_support import VALUE, same_bits
 from operator_samples import SAMPLES, checked, term_calls
+from terms_arguments import REFUSED, S, arguments
 from terms_support import Wanted, doubles, kernels, laid_out, terms, terms_error, with_arriving, with_gradients
-from test_native_refusals import FORWARD, S, arguments
 from toolchain import needs_compiler
 from torch import Tensor
 
@@ -48,7 +48,11 @@ def in_one_order(run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         return list(run())
 
 
-def check(features: list[Tensor], wanted: Wanted, upstream: Sequence[Tensor] | None = None, run: Any = in_any_order) -> list[Tensor]:
+#: Backwards, and in a random order.
+in_two_orders = partial(in_any_order, orders=(1, 2))
+
+
+def check(features: list[Tensor], wanted: Wanted, upstream: Sequence[Tensor] | None = None, run: Any = in_two_orders) -> list[Tensor]:
     """Held against the reference in float64; upstream None: 1, for which there may be a gradient from the forward pass."""
     given = [torch.ones(len(features), features[0].shape[0]) for _ in wanted] if upstream is None else upstream
     got = run(lambda: with_gradients(kernels, features, wanted, given))
@@ -72,7 +76,8 @@ def test_types_and_layouts_with_any_upstream_gradient(imitations: int, dtype: st
 @pytest.mark.parametrize("student", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("teacher", ["contiguous", "channels_last", "odd address", "gaps"])
 def test_student_and_teacher_of_different_types_and_layouts(teacher: str, student: str) -> None:
-    for mine, other in itertools.product(DTYPES, repeat=2):
+    """Each type once on either side, as what looks types up does so pyramid by pyramid."""
+    for mine, other in (("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "fp32"), ("bf16", "bf16")):
         wanted = terms(SHAPES, laid_out(SHAPES, other, teacher, 2), 1)
         assert check(laid_out(SHAPES, mine, student, 1), wanted, run=in_one_order)[0].dtype == torch.float32
 
@@ -124,7 +129,7 @@ def test_factors_that_are_tensors(shape: tuple[int, ...]) -> None:
 def test_gradients_that_arrive_are_added_whatever_their_type(dtype: str, arriving: str) -> None:
     features, teacher = laid_out(SHAPES, dtype, "channels_last", 1), laid_out(SHAPES, "bf16", "contiguous", 2)
     wanted, up = terms(SHAPES, teacher, 1, 0.3), pyramid([(3, 2)] * 3, seed=5)
-    for layout, missing in itertools.product(("contiguous", "channels_last", "gaps"), (None, 1)):
+    for layout, missing in (("contiguous", None), ("channels_last", 1), ("gaps", None)):
         given: list[Tensor | None] = list(laid_out(SHAPES, arriving, layout, 8))
         if missing is not None:
             given[missing] = None
@@ -146,7 +151,7 @@ def test_early_gradients_are_right_for_any_upstream_gradient_and_never_change(dt
             values, gradients = of_one_graph(IN_BATCH, case, "native", scales)
             return [*values, *itertools.chain.from_iterable(gradients)]
 
-        got = in_any_order(run)
+        got = in_two_orders(run)
         _, wanted = of_one_graph(IN_BATCH, wide(case), "reference", scales)
         found = [got[2 + 3 * k : 5 + 3 * k] for k in range(len(scales))]
         kinds = [DTYPES[dtype]] * 3
@@ -205,7 +210,7 @@ def test_losses_with_factors_and_several_grains() -> None:
     assert len(got) == 6 and terms_error(got, values + gradients, [torch.float32] * 3) < 1
 
 
-@pytest.mark.parametrize("shapes", [[(2, 5, 3, 4)] * 19, [(3, 1, 1, 1)], [(1, 600, 1, 1), (1, 1, 40, 60)], [(0, 3, 4, 5)] * 2], ids=len)
+@pytest.mark.parametrize("shapes", [[(1, 5, 3, 4)] * 17, [(3, 1, 1, 1)], [(1, 600, 1, 1), (1, 1, 40, 60)], [(0, 3, 4, 5)] * 2], ids=len)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_many_levels_one_pixel_one_channel_and_no_image(layout: str, shapes: list[tuple[int, ...]]) -> None:
     features, teacher = (laid_out(shapes, "fp32", layout, seed) for seed in (1, 2))
@@ -238,9 +243,9 @@ def test_operators_do_what_their_schemas_say(layout: str, images: int, imitation
 
 
 @pytest.mark.parametrize("name", ["terms", "terms_with_gradient"])
-@pytest.mark.parametrize("case", FORWARD)
+@pytest.mark.parametrize("case", REFUSED)
 def test_terms_refuse(case: str, name: str) -> None:
-    s, t, changed = FORWARD[case]
+    s, t, changed = REFUSED[case]
     with emulated(), pytest.raises(RuntimeError, match=r"level|expected|imitation|operands|unknown|float32|spatial") as error:
         operator(name)(*arguments(s, t, **changed))
     assert "csrc/" in str(error.value)

@@ -49,8 +49,8 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def table(entries: dict[str, Any], capability: tuple[int, int] = HOPPER) -> str:
-    whole = {name: {"parameters": chosen} for name, chosen in entries.items()}
-    return json.dumps({"schema": launch.SCHEMA, "capability": capability, "runs": [], "entries": whole})
+    whole = {name: {"parameters": chosen, "run": 0} for name, chosen in entries.items()}
+    return json.dumps({"schema": launch.SCHEMA, "capability": capability, "runs": [{}], "entries": whole})
 
 
 def asked(**about: Any) -> dict[str, int]:
@@ -139,6 +139,7 @@ def test_a_wrong_entry_is_an_error_with_file_and_key(tables: Path, key: str, cho
         ('{"schema": 1, "runs": [], "entries": {}}', "capability"),
         ('{"schema": 1, "capability": [9, 0], "runs": [], "entries": []}', "entries must be"),
         (table({KEY: CHOSEN}).replace("parameters", "parameter"), f"{KEY}: expected an object"),
+        (table({KEY: CHOSEN}).replace('"run": 0', '"run": 1'), f"{KEY}: run must be a place in runs, of which there are 1; got 1"),
         (table({KEY: CHOSEN}, (8, 0)), "of compute capability 8.0"),
     ],
 )

@@ -22,7 +22,7 @@ from kdkernels import backend, functional, native
 @pytest.fixture(autouse=True)
 def restore(monkeypatch):
     monkeypatch.setattr(backend, "_choice", "auto")
-    monkeypatch.setattr(backend, "_fallback_told", False)
+    monkeypatch.setattr(backend, "_fallbacks_told", set())
     monkeypatch.setattr(native, "_loaded", dict(native._loaded))
 
 

@@ -38,7 +38,7 @@ pytestmark = needs_library
 
 @pytest.fixture(autouse=True)
 def chosen_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "_fallback_told", False)
+    monkeypatch.setattr(backend, "_fallbacks_told", set())
     set_backend("native")
     torch._dynamo.reset()
     yield

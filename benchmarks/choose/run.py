@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .. import tables
 from ..providers import absent, providers
 from ..registry import ENTRIES, Case
 from ..tables import SEED, tell
-from .subjects import SUBJECTS, grid
+from .subjects import MADE_OF_OTHERS, SUBJECTS, grid
 
 if TYPE_CHECKING:
     from kdkernels.tables import Key
@@ -34,7 +35,10 @@ def main(args: argparse.Namespace) -> int:
 
     keys = grid(args.primitive, args.dtype, args.layout, args.case)
     entry = partial(measured, device=device, rounds=args.rounds)
-    return tables.fill("bench choose", choice.TABLE, choice.path, keys, entry, summary, args)
+    try:
+        return tables.fill("bench choose", choice.TABLE, choice.path, keys, entry, summary, args)
+    finally:
+        choice.forget()
 
 
 def refusal(device: torch.device) -> str:
@@ -55,9 +59,12 @@ def measured(key: Key, case: Case, said: str, device: torch.device, rounds: int)
     from .contest import contest
 
     entry, mode, _ = SUBJECTS[key.name]
+    # The entries that were written so far choose the backends of the other primitives.
+    choice.forget()
     tell(f"{said}: {entry}, {mode}, on {case.batch} images of {case.pyramid}")
     first, second = (replace(providers()[name], primitive=key.name) for name in choice.BACKENDS)
-    outcome = contest(Cell(ENTRIES[entry], case, mode, device, SEED), first, second, rounds, SEED)
+    with by_others(key.name):
+        outcome = contest(Cell(ENTRIES[entry], case, mode, device, SEED), first, second, rounds, SEED)
     return {
         "ms": outcome.ms,
         "ratio": tables.ratio(outcome.judgement),
@@ -66,6 +73,13 @@ def measured(key: Key, case: Case, said: str, device: torch.device, rounds: int)
         "mode": mode,
         "case": case.as_dict(),
     }
+
+
+def by_others(measured: str) -> AbstractContextManager[None]:
+    """Within it calls do not go past the primitive that is measured to the one launch that does its work too."""
+    from kdkernels.backend import assigned
+
+    return nullcontext() if measured == MADE_OF_OTHERS else assigned(MADE_OF_OTHERS, "reference")
 
 
 def summary(entry: Mapping[str, Any]) -> str:

@@ -64,6 +64,13 @@ KD_DEVICE void store_bits(char* at, Bits bits) {
 #endif
 }
 
+// The elements of a row of `length` from a column on, none or less behind its end; as many as a warp takes at the most, for a small number.
+KD_BOTH int left_of(int64_t length, int64_t column) {
+  constexpr int64_t kMost = 1024;
+  const int64_t left = length - column;
+  return static_cast<int>(left > kMost ? kMost : left < -kMost ? -kMost : left);
+}
+
 // Where a pointer lies within its 16 bytes.
 KD_BOTH int misalignment(const void* at) { return static_cast<int>(reinterpret_cast<uintptr_t>(at) % 16); }
 
@@ -144,7 +151,7 @@ struct Codec<BFloat16> {
   }
 };
 
-// The memory of a level, from `begin` to `end`, which a vector must not leave; a row's vectors are aligned or not.
+// The memory of a level, from `begin` to `end`, which a vector must not leave. aligned: rows begin and end between 16 bytes.
 struct Memory {
   const char *begin, *end;
   Type type;
@@ -159,15 +166,15 @@ struct Words {
 };
 
 // The words of kCount elements at `at`, 0 where there are none. left: elements of the row from `at` on, which may be none or less
-template <class X, int kCount, bool kOnce>
-KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t* into) {
+template <class X, int kCount, bool kOnce, bool kAligned>
+KD_DEVICE void load(const Memory& memory, const char* at, int left, uint32_t* into) {
   constexpr int kBytes = Codec<X>::kBytes, kPerWord = 4 / kBytes, kWords = kCount / kPerWord, kVectors = kWords / 4;
   if (left <= 0) {
     KD_UNROLL
     for (int i = 0; i < kWords; ++i) into[i] = 0;
     return;
   }
-  if (memory.aligned) {
+  if (kAligned) {
     KD_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       // A row may end between a thread's vectors.
@@ -210,15 +217,15 @@ KD_DEVICE void load(const Memory& memory, const char* at, int64_t left, uint32_t
 }
 
 // Stores a thread's elements; all threads of the warp take part, each with the elements that follow those of the one before it.
-template <class X, class Me, int kCount>
-KD_DEVICE void store(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
+template <class X, bool kAligned, class Me, int kCount>
+KD_DEVICE void store(Me& me, char* at, int left, const float (&x)[kCount]) {
   using C = Codec<X>;
   constexpr int kVectors = kCount * C::kBytes / 16, kPerVector = 16 / C::kBytes;
   // The last words of the thread before, and this one's.
   uint32_t words[4 * kVectors + 8];
   KD_UNROLL
   for (int i = 0; i < 4 * kVectors; ++i) words[4 + i] = C::narrow(x, i);
-  if (memory.aligned) {
+  if (kAligned) {
     KD_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if (v * kPerVector >= left) return;
@@ -239,13 +246,13 @@ KD_DEVICE void store(Me& me, const Memory& memory, char* at, int64_t left, const
     KD_UNROLL
     for (int k = 0; k < 4 * kVectors; ++k) words[k] = words[k + 4];
   }
-  const int64_t first = me.lane() == 0 ? 0 : -before;
+  const int first = me.lane() == 0 ? 0 : -before;
   // The thread behind stores what the last vector shares with it, but for the last thread's.
   const int vectors = kVectors + (me.lane() == kWarp - 1 && bytes != 0 ? 1 : 0);
   KD_UNROLL
   for (int v = 0; v < kVectors + 1; ++v) {
     if (v >= vectors) continue;
-    const int64_t begin = v * kPerVector - before, end = begin + kPerVector;
+    const int begin = v * kPerVector - before, end = begin + kPerVector;
     char* const to = at - bytes + 16 * v;
     if (begin >= first && end <= left && end <= kCount) {
       store_bits(to, {{words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]}});
@@ -275,14 +282,14 @@ struct Elements {
   static constexpr int kCount = kWidth<X>;
 
   KD_DEVICE static int64_t bytes(const Memory&) { return sizeof(X); }
-  template <bool kOnce = false>
-  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Words<X>& packed) {
-    load<X, kCount, kOnce>(memory, at, left, packed.word);
+  template <bool kOnce, bool kAligned>
+  KD_DEVICE static void get(const Memory& memory, const char* at, int left, Words<X>& packed) {
+    load<X, kCount, kOnce, kAligned>(memory, at, left, packed.word);
   }
   KD_DEVICE static void unpack(const Memory&, const Words<X>& packed, float (&x)[kCount]) { widen<X>(packed.word, x); }
-  template <class Me>
-  KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
-    store<X>(me, memory, at, left, x);
+  template <bool kAligned, class Me>
+  KD_DEVICE static void put(Me& me, const Memory&, char* at, int left, const float (&x)[kCount]) {
+    store<X, kAligned>(me, at, left, x);
   }
 };
 
@@ -291,22 +298,22 @@ struct Elements<Any> {
   static constexpr int kCount = kWidth<Any>;
 
   KD_DEVICE static int64_t bytes(const Memory& memory) { return memory.type == Type::fp32 ? 4 : 2; }
-  template <bool kOnce = false>
-  KD_DEVICE static void get(const Memory& memory, const char* at, int64_t left, Words<Any>& packed) {
-    if (memory.type == Type::fp32) return load<float, kCount, kOnce>(memory, at, left, packed.word);
+  template <bool kOnce, bool kAligned>
+  KD_DEVICE static void get(const Memory& memory, const char* at, int left, Words<Any>& packed) {
+    if (memory.type == Type::fp32) return load<float, kCount, kOnce, kAligned>(memory, at, left, packed.word);
     // Of either 16-bit type, whose bits are the same to a load.
-    load<Half, kCount, kOnce>(memory, at, left, packed.word);
+    load<Half, kCount, kOnce, kAligned>(memory, at, left, packed.word);
   }
   KD_DEVICE static void unpack(const Memory& memory, const Words<Any>& packed, float (&x)[kCount]) {
     if (memory.type == Type::fp32) return widen<float>(packed.word, x);
     if (memory.type == Type::fp16) return widen<Half>(packed.word, x);
     widen<BFloat16>(packed.word, x);
   }
-  template <class Me>
-  KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int64_t left, const float (&x)[kCount]) {
-    if (memory.type == Type::fp32) return store<float>(me, memory, at, left, x);
-    if (memory.type == Type::fp16) return store<Half>(me, memory, at, left, x);
-    store<BFloat16>(me, memory, at, left, x);
+  template <bool kAligned, class Me>
+  KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int left, const float (&x)[kCount]) {
+    if (memory.type == Type::fp32) return store<float, kAligned>(me, at, left, x);
+    if (memory.type == Type::fp16) return store<Half, kAligned>(me, at, left, x);
+    store<BFloat16, kAligned>(me, at, left, x);
   }
 };
 

@@ -32,7 +32,7 @@ struct Writing {
 void gradient(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Writing& wanted, const Results& out);
 
 // Rows of a block: channels of a contiguous level, pixels of a channels_last one.
-constexpr int kRowsOfBlock = 64;
+constexpr int kRowsOfBlock = 128;
 
 // Blocks for one image of a level.
 template <class X>
@@ -46,23 +46,31 @@ struct Numbers {
   float product, sign, error;
 };
 
-// A block's share of the write pass: kSpan columns of some rows, which its warps take in turns. The numbers that belong to a thread's
-// columns stay in its registers.
+// The terms of a gradient, as they are known when it is compiled. One that is not there after all has factors of 0.
+enum GradientTerms : unsigned { kProduct = 1, kSign = 2, kSquares = 4, kArriving = 8 };
+
+// A block's share of the write pass: kSpan columns of some rows, which its warps take in turns. The numbers that belong to its columns and
+// rows are made once and lie in shared memory; those of a thread's columns stay in its registers.
 //
-// x, target, arriving, out  levels of type X, those that arrive with kArriving;   parts: a number a block, its sum of squared errors, or null
-template <class X, bool kArriving>
+// x, target, arriving, out  levels of type X, those in the middle where there are such terms;   parts: a number a block, its sum of squared
+// errors, or null
+template <class X, unsigned kTerms>
 struct Gradient {
-  static constexpr int kThreads = 256, kResident = 2, kWarps = kThreads / kWarp, kRows = std::is_same_v<X, Any> ? 1 : 2;
+  static constexpr bool kErrors = kTerms & kSquares, kAdds = kTerms & kArriving;
+  static constexpr int kThreads = 256, kResident = kErrors ? 2 : 3, kWarps = kThreads / kWarp, kRows = std::is_same_v<X, Any> ? 1 : 2;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
   struct Shared {
+    // Of product, sign and error. With a gap after every eight columns, so that a warp's threads read from different banks.
+    float columns[3][kColumns + kColumns / 8], rows[3][kRowsOfBlock];
     float of_warp[kWarps];
   };
 
   Places places;
-  Memory x[kLevels], target[kLevels], arriving[kLevels], out[kLevels];
+  Memory x[kLevels], target[kErrors ? kLevels : 1], arriving[kAdds ? kLevels : 1], out[kLevels];
   Factors product, sign, error;
   float* parts;
   const int* unless;
+  // reads: whether x is looked at, as all terms but a product do
   bool absolute, mean, reads;
 
   template <class Me>
@@ -72,88 +80,112 @@ struct Gradient {
     const Place& place = places.place[level];
     const int64_t within = me.block() - place.first, n = within / place.blocks;
     const int64_t map = place.map + n * place.pixels;
-    const float squares = write(me, level, n, within % place.blocks, [&](int64_t pixel) {
-      Numbers found = {1, 0, 1};
-      if (product.pixel != nullptr) found.product = product.pixel[map + pixel];
-      if (sign.pixel != nullptr) found.sign = sign.pixel[map + pixel];
-      if (error.pixel != nullptr) found.error = error.pixel[map + pixel];
-      return found;
+    const float squares = write(me, shared, level, n, within % place.blocks, [&](int64_t pixel) {
+      return Numbers{number(product, product.pixel, map + pixel, 1), number(sign, sign.pixel, map + pixel, 0),
+                     number(error, error.pixel, map + pixel, 1)};
     });
-    if (parts == nullptr) return;
+    if (!kErrors || parts == nullptr) return;
     const float total = block_sum(me, squares, shared.of_warp, kWarps);
     if (me.index() == 0) parts[me.block()] = total;
   }
 
   // One tile of an image; returns the thread's share of the sum of squared errors. of_pixel: (pixel) -> Numbers
   template <class Me, class OfPixel>
-  KD_DEVICE float write(Me& me, int level, int64_t n, int64_t tile, const OfPixel& of_pixel) const {
+  KD_DEVICE float write(Me& me, Shared& shared, int level, int64_t n, int64_t tile, const OfPixel& of_pixel) const {
     const Place& place = places.place[level];
     const int64_t length = place.last ? place.channels : place.pixels, height = place.last ? place.pixels : place.channels;
-    const int64_t across = ceil_div<int64_t>(length, kColumns);
-    const int64_t column = tile % across * kColumns + me.lane() * kCount;
-    const int64_t begin = tile / across * kRowsOfBlock;
-    const int64_t end = begin + kRowsOfBlock < height ? begin + kRowsOfBlock : height;
+    const int64_t across = ceil_div<int64_t>(length, kColumns), first = tile % across * kColumns, begin = tile / across * kRowsOfBlock;
+    const int rows = static_cast<int>(begin + kRowsOfBlock < height ? kRowsOfBlock : height - begin);
+    const auto keep = [&](float* of_term, int terms_apart, bool there, bool of_channel, int64_t index) {
+      const Numbers made = !there ? Numbers{0, 0, 0} : of_channel ? channel_numbers(place, n, index) : of_pixel(index);
+      of_term[0] = made.product, of_term[terms_apart] = made.sign, of_term[2 * terms_apart] = made.error;
+    };
+    for (int i = me.index(); i < kColumns; i += kThreads) {
+      keep(&shared.columns[0][i + i / 8], kColumns + kColumns / 8, first + i < length, place.last, first + i);
+    }
+    for (int i = me.index(); i < kRowsOfBlock; i += kThreads) {
+      keep(&shared.rows[0][i], kRowsOfBlock, i < rows, !place.last, begin + i);
+    }
+    me.sync();
+    const bool aligned = (!reads || x[level].aligned) && (!kErrors || target[kErrors ? level : 0].aligned) &&
+                         (!kAdds || arriving[kAdds ? level : 0].aligned) && out[level].aligned;
+    const int64_t at = n * place.channels * place.pixels + begin * length + first;
+    return aligned ? write_rows<true>(me, shared, level, at, rows, length, left_of(length, first))
+                   : write_rows<false>(me, shared, level, at, rows, length, left_of(length, first));
+  }
+
+ private:
+  // at: the tile's first element;   length: of a row, of which `left` elements are from there on
+  template <bool kAligned, class Me>
+  KD_DEVICE float write_rows(Me& me, const Shared& shared, int level, int64_t at, int rows, int64_t length, int left) const {
+    // Of the 16 bytes of a thread all are there, or none.
+    constexpr bool kWhole = kAligned && !std::is_same_v<X, Any>;
+    const int column = me.lane() * kCount;
+    left -= column;
+    at += me.warp() * kRows * length + column;
+    if (kWhole && left <= 0) return 0;
     Numbers columns[kCount];
     KD_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      columns[i] = {0, 0, 0};
-      if (column + i < length) columns[i] = place.last ? of_channel(place, n, column + i) : of_pixel(column + i);
+      const int place = column + i + (column + i) / 8;
+      columns[i] = {shared.columns[0][place], shared.columns[1][place], shared.columns[2][place]};
     }
     float squares = 0;
-    for (int64_t first = begin + me.warp() * kRows; first < end; first += kWarps * kRows) {
-      Words<X> read[kRows], goal[kRows], add[kArriving ? kRows : 1];
+    for (int row = me.warp() * kRows; row < rows; row += kWarps * kRows, at += kWarps * kRows * length) {
+      Words<X> read[kRows], goal[kErrors ? kRows : 1], add[kAdds ? kRows : 1];
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const int64_t left = first + r < end ? length - column : 0;
-        const int64_t at = n * place.channels * place.pixels + (first + r) * length + column;
-        if (reads) get(x[level], at, left, read[r]);
-        if (error.there) get(target[level], at, left, goal[r]);
-        if (kArriving) get(arriving[level], at, left, add[kArriving ? r : 0]);
+        const int there = row + r < rows ? left : 0;
+        const int64_t from = at + r * length;
+        if (kTerms != kProduct || reads) get<kAligned>(x[level], from, there, read[r]);
+        if (kErrors) get<kAligned>(target[kErrors ? level : 0], from, there, goal[kErrors ? r : 0]);
+        if (kAdds) get<kAligned>(arriving[kAdds ? level : 0], from, there, add[kAdds ? r : 0]);
       }
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
         // The same for the whole warp, which stores together.
-        if (first + r >= end) continue;
-        const Numbers row = place.last ? of_pixel(first + r) : of_channel(place, n, first + r);
+        if (row + r >= rows) continue;
         float made[kCount], value[kCount] = {}, wanted[kCount], arrived[kCount];
-        if (reads) Elements<X>::unpack(x[level], read[r], value);
-        if (error.there) Elements<X>::unpack(target[level], goal[r], wanted);
-        if (kArriving) Elements<X>::unpack(arriving[level], add[kArriving ? r : 0], arrived);
+        if (kTerms != kProduct || reads) Elements<X>::unpack(x[level], read[r], value);
+        if (kErrors) Elements<X>::unpack(target[kErrors ? level : 0], goal[kErrors ? r : 0], wanted);
+        if (kAdds) Elements<X>::unpack(arriving[kAdds ? level : 0], add[kAdds ? r : 0], arrived);
+        const float of_product = shared.rows[0][row + r], of_sign = shared.rows[1][row + r], of_error = shared.rows[2][row + r];
         KD_UNROLL
         for (int i = 0; i < kCount; ++i) {
           const float sign_of = kd::sign(value[i]);
-          made[i] = 0;
-          if (product.there) made[i] += row.product * columns[i].product * (absolute ? sign_of : 1.0f);
-          if (sign.there) made[i] += sign_of * (row.sign + columns[i].sign);
-          if (error.there) {
+          made[i] = kAdds ? arrived[i] : 0.0f;
+          if (kTerms & kProduct) made[i] += of_product * columns[i].product * (absolute ? sign_of : 1.0f);
+          if (kTerms & kSign) made[i] += sign_of * (of_sign + columns[i].sign);
+          if (kErrors) {
             const float difference = value[i] - wanted[i];
-            const float slope = row.error * columns[i].error * difference;
+            const float slope = of_error * columns[i].error * difference;
             made[i] += slope;
-            if (column + i < length) squares += slope * difference;
+            if (kWhole || i < left) squares += slope * difference;
           }
-          if (kArriving) made[i] += arrived[i];
         }
-        const int64_t at = n * place.channels * place.pixels + (first + r) * length + column;
         const Memory& to = out[level];
-        Elements<X>::put(me, to, const_cast<char*>(to.begin) + at * Elements<X>::bytes(to), length - column, made);
+        char* const place = const_cast<char*>(to.begin) + (at + r * length) * Elements<X>::bytes(to);
+        Elements<X>::template put<kAligned>(me, to, place, left, made);
       }
     }
     return squares;
   }
 
- private:
-  KD_DEVICE static void get(const Memory& memory, int64_t at, int64_t left, Words<X>& to) {
-    Elements<X>::get(memory, memory.begin + at * Elements<X>::bytes(memory), left, to);
+  // The last read of these for a while.
+  template <bool kAligned>
+  KD_DEVICE static void get(const Memory& memory, int64_t at, int left, Words<X>& to) {
+    Elements<X>::template get<true, kAligned>(memory, memory.begin + at * Elements<X>::bytes(memory), left, to);
   }
 
-  KD_DEVICE Numbers of_channel(const Place& place, int64_t n, int64_t channel) const {
+  KD_DEVICE static float number(const Factors& term, const float* packed, int64_t at, float neutral) {
+    return !term.there ? 0.0f : packed != nullptr ? packed[at] : neutral;
+  }
+
+  KD_DEVICE Numbers channel_numbers(const Place& place, int64_t n, int64_t channel) const {
     const int64_t at = place.vector + n * place.channels + channel;
-    Numbers found = {1, 0, 1};
-    if (product.channel != nullptr) found.product = product.channel[at];
-    if (sign.channel != nullptr) found.sign = sign.channel[at];
-    if (error.channel != nullptr) found.error = error.channel[at];
-    if (mean) found.product /= static_cast<float>(place.pixels);
-    return found;
+    const float of_product = number(product, product.channel, at, 1);
+    return {mean ? of_product / static_cast<float>(place.pixels) : of_product, number(sign, sign.channel, at, 0),
+            number(error, error.channel, at, 1)};
   }
 };
 

@@ -44,17 +44,16 @@ class Thread {
     return __shfl_up_sync(~0u, x, by);
   }
 
-  // Counters in global memory that several blocks of a launch go by. What a thread wrote before `add` is seen by those that found the sum
-  // by `add` or `read`.
+  // Counters in global memory that several blocks of a launch go by. What a thread wrote before `add`, and those of its block before a
+  // `sync`, is seen by those that found the sum by `add` or `read`, and by their blocks after one.
   __device__ int add(int* counter, int x) {
-    __threadfence();
-    const int before = atomicAdd(counter, x);
-    __threadfence();
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
     return before;
   }
   __device__ int read(const int* counter) {
-    const int found = *static_cast<const volatile int*>(counter);
-    __threadfence();
+    int found;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
     return found;
   }
   // As `add`, of a number that says nothing about what others wrote.

@@ -71,6 +71,7 @@ void in_launches(const Pyramid& x, const Blocks& blocks, const Run& run) {
                    [&](size_t a, size_t b) { return x[a].channels * x[a].pixels > x[b].channels * x[b].pixels; });
   std::vector<Place> places;
   for (const size_t i : order) {
+    STD_TORCH_CHECK(x[i].channels < int64_t{1} << 30, "level ", i, ": ", x[i].channels, " channels, which kernels count in 32 bits");
     places.push_back({x[i].channels, x[i].pixels, maps[i], vectors[i], 0, blocks(x[i]), static_cast<int>(i), x[i].last});
   }
   in_launches(x.images(), places, run);

@@ -27,7 +27,6 @@ int64_t lay_out(const Places& places, int64_t numbers, const Tiles& tiles, int64
 }
 
 struct PersistentOptions {
-  bool absolute_weights, absolute;
   MapOptions map;
   std::string average;
   double temperature;
@@ -94,21 +93,19 @@ class PersistentCall {
     const Places places = all_of(s_, read_blocks<X>)[0];
     pass.gradient.places = all_of(s_, write_blocks<X>)[0];
     std::vector<Tensor> held;
-    const ChannelSums of_weights = options_.absolute_weights ? ChannelSums::of_magnitudes : ChannelSums::of_values;
-    set(pass.gradients[0], places, gradients_s_, of_weights, held);
-    set(pass.gradients[1], places, gradients_t_, of_weights, held);
-    set(pass.features[0], places, s_, ChannelSums::of_magnitudes, held);
-    set(pass.features[1], places, t_, ChannelSums::of_magnitudes, held);
+    set(pass.gradients[0], places, gradients_s_, held);
+    set(pass.gradients[1], places, gradients_t_, held);
+    set(pass.features[0], places, s_, held);
+    set(pass.features[1], places, t_, held);
     pass.features[0].weights = pass.buffers.weights_s, pass.features[1].weights = pass.buffers.weights_t;
     pass.features[0].raw = pass.buffers.raw, pass.features[1].raw = pass.buffers.map_t;
     pass.features[0].magnitude = pass.buffers.magnitude, pass.features[1].magnitude = pass.buffers.attention_spatial;
-    for (auto& read : pass.features) read.absolute = options_.absolute;
 
-    Gradient<X, false>& write = pass.gradient;
+    auto& write = pass.gradient;
     write.product = {pass.buffers.weights_s, nullptr, true};
     write.sign = {sign_channel_of(pass), nullptr, true};
     write.error = {pass.buffers.attention_channel, nullptr, true};
-    write.absolute = options_.absolute, write.reads = true;
+    write.reads = true;
     for (int i = 0; i < places.count; ++i) {
       const int level = places.place[i].index;
       write.x[i] = memory_of(s_[level]), write.target[i] = memory_of(t_[level]), write.out[i] = memory_of(out_[level]);
@@ -139,12 +136,11 @@ class PersistentCall {
   }
 
   template <class Read>
-  void set(Read& read, const Places& places, const Pyramid& x, ChannelSums sums, std::vector<Tensor>& held) const {
+  void set(Read& read, const Places& places, const Pyramid& x, std::vector<Tensor>& held) const {
     read.places = places;
     const auto blocks = [&](int i) { return places.place[i].blocks * places.place[i].channels; };
     held.push_back(new_floats(like_, {lay_out(places, 1, blocks, read.part)}));
     read.parts = floats(held.back());
-    read.of_magnitudes = sums == ChannelSums::of_magnitudes;
     for (int i = 0; i < places.count; ++i) read.x[i] = memory_of(x[places.place[i].index]);
   }
 
@@ -184,11 +180,10 @@ class PersistentCall {
 };
 
 std::vector<Tensor> terms_persistent(std::vector<Tensor> s, std::vector<Tensor> t, std::vector<Tensor> gradients_s,
-                                     std::vector<Tensor> gradients_t, Tensor mask, std::optional<Tensor> factors, bool absolute_weights,
-                                     bool absolute, std::string rectify, std::string distance, double eps, bool relative,
+                                     std::vector<Tensor> gradients_t, Tensor mask, std::optional<Tensor> factors, std::string rectify, std::string distance, double eps, bool relative,
                                      std::string average, double temperature, std::vector<double> scales) {
   const MapOptions map{rectify_of(rectify), Normalize::minmax, Normalize::minmax, distance_of(distance), static_cast<float>(eps), relative, 1};
-  const PersistentOptions options{absolute_weights, absolute, map, average, temperature, scales};
+  const PersistentOptions options{map, average, temperature, scales};
   return PersistentCall(s, t, gradients_s, gradients_t, mask, factors, options).run();
 }
 

@@ -48,25 +48,26 @@ struct Persistent {
   static constexpr int kThreads = 256, kResident = 2, kWarps = kThreads / kWarp;
   // What a tile leaves of a map for its statistics, and of a comparison.
   static constexpr int kStatistics = 4, kSums = 7;
-  using Once = Reduce<X, false, true>;
-  using Again = Reduce<X, false>;
+  using Once = Reduce<X, kValueSums, true>;
+  using Again = Reduce<X, kRaw | kMagnitude | kMagnitudeSums>;
+  using Writer = Gradient<X, kProduct | kSign | kSquares>;
   struct Shared {
     union {
       typename Once::Shared once;
       typename Again::Shared again;
+      typename Writer::Shared writer;
       MapScratch maps;
-      Numbers pixels[kThreads];
     };
     float of_warp[kWarps];
     // What the block has taken from the queue: a tile of a level's image, or nothing of it, or that the queue has ended.
     Stage stage;
-    int level, image, tile;
-    bool ended, is_last;
+    int ticket, level, image, tile;
+    bool is_last;
   };
 
   Once gradients[2];
   Again features[2];
-  Gradient<X, false> gradient;
+  Writer gradient;
   PersistentBuffers buffers;
   MapOptions options;
   // Of each level: tiles of a stage, where its tiles' numbers begin, and what the formulas take.
@@ -88,12 +89,15 @@ struct Persistent {
     int next = me.index() == 0 ? me.take(counters) : 0;
     for (;;) {
       if (me.index() == 0) {
-        take(shared, next);
+        shared.ticket = next;
         // The next one early, as the answer is long under way.
         next = me.take(counters);
       }
       me.sync();
-      if (shared.ended) return;
+      const int ticket = shared.ticket;
+      if (ticket >= round * rounds) return;
+      find(me, shared, ticket / round, ticket % round);
+      me.sync();
       if (shared.image >= 0 && shared.image < places().images) run(me, shared);
       me.sync();
     }
@@ -112,15 +116,14 @@ struct Persistent {
   KD_DEVICE int64_t map_of(int level, int64_t n) const { return place_of(level).map + n * place_of(level).pixels; }
   KD_DEVICE int64_t vector_of(int level, int64_t n) const { return place_of(level).vector + n * place_of(level).channels; }
 
-  KD_DEVICE void take(Shared& shared, int ticket) const {
-    shared.ended = ticket >= round * rounds;
-    if (shared.ended) return;
-    const int tile = ticket % round;
-    int i = 0;
-    while (i + 1 < kStages * places().count && tile >= segments[i + 1].first) ++i;
+  // The tile of a round: each thread looks at one segment, and the one whose it is writes it down.
+  template <class Me>
+  KD_DEVICE void find(Me& me, Shared& shared, int number, int tile) const {
+    const int count = kStages * places().count, i = me.index();
+    if (i >= count || tile < segments[i].first || (i + 1 < count && tile >= segments[i + 1].first)) return;
     shared.stage = segments[i].stage;
     shared.level = segments[i].level;
-    shared.image = ticket / round - segments[i].behind;
+    shared.image = number - segments[i].behind;
     shared.tile = tile - segments[i].first;
   }
 
@@ -148,10 +151,11 @@ struct Persistent {
   }
 
   template <class Me>
-  KD_DEVICE void pass(Me& me, Shared& shared, Stage stage, int level, int64_t n, int64_t tile) const {
+  KD_DEVICE void pass(Me& me, Shared& shared, Stage stage, int level, int64_t n, int tile) const {
     if (stage == Stage::weights) {
       const int64_t each = place_of(level).blocks;
-      gradients[tile / each].read(me, shared.once, level, n, tile % each);
+      const int tensor = tile >= each ? 1 : 0;
+      gradients[tensor].read(me, shared.once, level, n, tile - tensor * each);
     } else if (stage == Stage::sums) {
       read_features(me, shared, level, n, tile);
     } else if (stage == Stage::compare) {
@@ -162,7 +166,7 @@ struct Persistent {
   }
 
   template <class Me>
-  KD_CALL void end(Me& me, Shared& shared, Stage stage, int level, int64_t n) const {
+  KD_DEVICE void end(Me& me, Shared& shared, Stage stage, int level, int64_t n) const {
     if (stage == Stage::weights) {
       end_weights(me, level, n);
     } else if (stage == Stage::sums) {
@@ -180,15 +184,16 @@ struct Persistent {
     const Place& place = place_of(level);
     const float* from = read.parts + read.part[level] + n * place.blocks * place.channels;
     for (int64_t c = me.index(); c < place.channels; c += kThreads) {
-      // Four sums, so that the additions need not wait for each other.
-      float total[4] = {};
-      int64_t tile = 0;
-      for (; tile + 4 <= place.blocks; tile += 4) {
+      // As many loads on their way at once, and sums, which need not wait for each other.
+      constexpr int kTiles = 16;
+      float total[kTiles] = {};
+      for (int64_t tile = 0; tile < place.blocks; tile += kTiles) {
         KD_UNROLL
-        for (int k = 0; k < 4; ++k) total[k] += from[(tile + k) * place.channels + c];
+        for (int k = 0; k < kTiles; ++k) total[k] += tile + k < place.blocks ? from[(tile + k) * place.channels + c] : 0.0f;
       }
-      for (; tile < place.blocks; ++tile) total[0] += from[tile * place.channels + c];
-      out[c] = ((total[0] + total[1]) + (total[2] + total[3])) * by;
+      KD_UNROLL
+      for (int k = 1; k < kTiles; ++k) total[0] += total[k];
+      out[c] = total[0] * by;
     }
   }
 
@@ -201,9 +206,10 @@ struct Persistent {
   }
 
   template <class Me>
-  KD_DEVICE void read_features(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
+  KD_DEVICE void read_features(Me& me, Shared& shared, int level, int64_t n, int tile) const {
     const Place& place = place_of(level);
-    const int64_t tensor = tile / place.blocks, own = tile % place.blocks;
+    const int tensor = tile >= place.blocks ? 1 : 0;
+    const int64_t own = tile - tensor * place.blocks;
     const Again& read = features[tensor];
     read.read(me, shared.again, level, n, own);
     // Its pixels again, which this block has just written.
@@ -211,15 +217,18 @@ struct Persistent {
     const bool there = me.index() < length && pixel < place.pixels;
     const int64_t map = map_of(level, n), first = map + own * length;
     const float r = rectified(read.raw[there ? map + pixel : first], options.rectify), a = there ? read.magnitude[map + pixel] : 0.0f;
-    const float low = block_join(me, r, shared.of_warp, kWarps, [](float x, float y) { return smaller(x, y); });
-    const float high = block_join(me, r, shared.of_warp, kWarps, [](float x, float y) { return larger(x, y); });
-    const float maximum = block_join(me, a, shared.of_warp, kWarps, [](float x, float y) { return larger(x, y); });
+    float x[] = {r, r, a};
+    join_all(me, shared.maps, x, join_extremes);
+    const auto& [low, high, maximum] = x;
     const float total = block_sum(me, there ? expf((a - maximum) * spatial_factor[level]) : 0.0f, shared.of_warp, kWarps);
     if (me.index() == 0) {
       float* const left = statistics_of(tensor, level, n) + own * kStatistics;
       left[0] = low, left[1] = high, left[2] = maximum, left[3] = total;
     }
   }
+
+  // Of the lowest, the highest and the largest.
+  KD_DEVICE static float join_extremes(int k, float a, float b) { return k == 0 ? smaller(a, b) : larger(a, b); }
 
   KD_DEVICE float* statistics_of(int64_t tensor, int level, int64_t n) const {
     const Place& place = place_of(level);
@@ -238,9 +247,9 @@ struct Persistent {
       high = larger(high, left[tile * kStatistics + 1]);
       maximum = larger(maximum, left[tile * kStatistics + 2]);
     }
-    low = block_join(me, low, shared.of_warp, kWarps, [](float x, float y) { return smaller(x, y); });
-    high = block_join(me, high, shared.of_warp, kWarps, [](float x, float y) { return larger(x, y); });
-    maximum = block_join(me, maximum, shared.of_warp, kWarps, [](float x, float y) { return larger(x, y); });
+    float x[] = {low, high, maximum};
+    join_all(me, shared.maps, x, join_extremes);
+    low = x[0], high = x[1], maximum = x[2];
     float total = 0;
     for (int64_t tile = me.index(); tile < place.blocks; tile += kThreads) {
       total += left[tile * kStatistics + 3] * expf((left[tile * kStatistics + 2] - maximum) * spatial_factor[level]);
@@ -337,20 +346,14 @@ struct Persistent {
   template <class Me>
   KD_DEVICE void write(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
     const Place& place = place_of(level);
-    const int64_t across = ceil_div<int64_t>(place.last ? place.channels : place.pixels, kSpan<X>);
-    const int64_t first = place.last ? tile / across * kRowsOfBlock : tile % across * kSpan<X>;
-    const int64_t pixel = first + me.index();
-    if (me.index() < (place.last ? kRowsOfBlock : kSpan<X>) && pixel < place.pixels) {
-      const int64_t image = image_of(level, n), map = map_of(level, n);
-      shared.pixels[me.index()] = {
-          map_gradient(buffers.raw + map, buffers.map_t + map, nullptr, state_of(0, image), factor(0, image), pixel, divisor[level], options),
-          attention_gradient(buffers.magnitude + map, buffers.attention_spatial + map, state_of(1, image), factor(1, image), pixel,
-                             place.pixels, spatial_factor[level]),
-          2.0f * factor(3, image) * buffers.region[map + pixel]};
-    }
-    me.sync();
-    const Numbers* const pixels = shared.pixels;
-    const float mine = gradient.write(me, level, n, tile, [&](int64_t p) { return pixels[static_cast<int>(p - first)]; });
+    const int64_t image = image_of(level, n), map = map_of(level, n);
+    const float mine = gradient.write(me, shared.writer, level, n, tile, [&](int64_t pixel) {
+      const float product =
+          map_gradient(buffers.raw + map, buffers.map_t + map, nullptr, state_of(0, image), factor(0, image), pixel, divisor[level], options);
+      const float slope = attention_gradient(buffers.magnitude + map, buffers.attention_spatial + map, state_of(1, image), factor(1, image),
+                                             pixel, place.pixels, spatial_factor[level]);
+      return Numbers{product, slope, 2.0f * factor(3, image) * buffers.region[map + pixel]};
+    });
     const float total = block_sum(me, mine, shared.of_warp, kWarps);
     if (me.index() == 0) squares_of(level, n)[tile] = total;
   }

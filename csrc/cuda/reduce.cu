@@ -3,23 +3,22 @@
 namespace kd {
 namespace {
 
-template <class X, bool kError>
+template <class X, unsigned kMade>
 void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted) {
   std::vector<int64_t> part{0};
   for (size_t i = 0; i < x.size(); ++i) part.push_back(part.back() + x[i].images * read_blocks<X>(x[i]) * x[i].channels);
   const bool sums = wanted.sums != ChannelSums::none;
   const Tensor parts = new_floats(like, {sums ? part.back() : 0});
-  Reduce<X, kError> pass{};
+  Reduce<X, kMade> pass{};
   pass.weights = wanted.weights, pass.error_channel = wanted.error_channel;
   pass.raw = wanted.raw, pass.magnitude = wanted.magnitude, pass.error = wanted.error;
   pass.parts = sums ? floats(parts) : nullptr;
-  pass.absolute = wanted.absolute, pass.of_magnitudes = wanted.sums == ChannelSums::of_magnitudes;
   in_launches(x, read_blocks<X>, [&](const Places& places) {
     pass.places = places;
     for (int i = 0; i < places.count; ++i) {
       const int level = places.place[i].index;
       pass.x[i] = memory_of(x[level]);
-      if (kError) pass.target[i] = memory_of((*wanted.target)[level]);
+      if constexpr (Reduce<X, kMade>::kErrors) pass.target[i] = memory_of((*wanted.target)[level]);
       pass.part[i] = part[level];
     }
     device.launch(pass, places.blocks());
@@ -38,13 +37,40 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
   });
 }
 
+unsigned bits_of(const Reading& wanted) {
+  return (wanted.raw != nullptr ? kRaw | (wanted.absolute ? kOfMagnitudes : 0u) : 0u) | (wanted.magnitude != nullptr ? kMagnitude : 0u) |
+         (wanted.error != nullptr ? kError : 0u) | (wanted.sums == ChannelSums::of_values ? kValueSums : 0u) |
+         (wanted.sums == ChannelSums::of_magnitudes ? kMagnitudeSums : 0u);
+}
+
+// Calls the first of the kernels that makes all that is wanted, and nothing else of the same sums.
+template <class X, unsigned kMade, unsigned... kOthers>
+void reduce_by(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, unsigned bits) {
+  const bool fits = (bits & ~kMade) == 0 && ((bits ^ kMade) & kOfMagnitudes & (bits & kRaw ? ~0u : 0u)) == 0;
+  if (fits) return reduce_as<X, kMade>(device, like, x, wanted);
+  if constexpr (sizeof...(kOthers) > 0) {
+    reduce_by<X, kOthers...>(device, like, x, wanted, bits);
+  } else {
+    STD_TORCH_CHECK(false, "no read pass makes ", bits);
+  }
+}
+
+constexpr unsigned kAttention = kMagnitude | kMagnitudeSums, kAll = kRaw | kAttention | kError;
+
 }  // namespace
 
 void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted) {
   if (x.images() == 0) return;
   by_type({&x, wanted.error != nullptr ? wanted.target : nullptr}, [&](auto type) {
-    const auto run = wanted.error != nullptr ? reduce_as<decltype(type), true> : reduce_as<decltype(type), false>;
-    run(device, like, x, wanted);
+    using X = decltype(type);
+    const unsigned bits = bits_of(wanted);
+    // Of mixed types, which are rare, fewer: each of them takes time to compile.
+    if constexpr (std::is_same_v<X, Any>) {
+      reduce_by<X, kValueSums, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kAll, kAll | kOfMagnitudes>(device, like, x, wanted, bits);
+    } else {
+      reduce_by<X, kValueSums, kMagnitudeSums, kRaw, kAttention, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kError, kAll,
+                kAll | kOfMagnitudes>(device, like, x, wanted, bits);
+    }
   });
 }
 

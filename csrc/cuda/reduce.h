@@ -40,14 +40,22 @@ int64_t read_blocks(const Level& level) {
   return ceil_div<int64_t>(level.pixels, level.last ? kBand : kSpan<X>);
 }
 
+// What a read pass makes, as it is known when it is compiled. What is not wanted after all has a null pointer.
+enum Sums : unsigned { kRaw = 1, kMagnitude = 2, kError = 4, kValueSums = 8, kMagnitudeSums = 16, kOfMagnitudes = 32 };
+
 // A block's share of the read pass: kSpan pixels of all channels of a contiguous level, kBand pixels of a channels_last one. Its warps
 // take the rows in turns, four at a time: of the sums down the rows every thread has its own columns', those across a row are the warp's.
 //
-// x, target  levels of type X, the target's read with kError; kOnce: nobody reads x again soon;   parts: (N, blocks, C) of each level, a block's channel sums
-template <class X, bool kError, bool kOnce = false>
+// kMade      of Sums; kOfMagnitudes: raw is made of |x|;   kOnce: nobody reads x again soon
+// x, target  levels of type X, the target's read for the error;   parts: (N, blocks, C) of each level, a block's channel sums
+template <class X, unsigned kMade, bool kOnce = false>
 struct Reduce {
-  static constexpr int kThreads = 256, kResident = kError || std::is_same_v<X, Any> ? 2 : 3;
+  static constexpr bool kRaws = kMade & kRaw, kMagnitudes = kMade & kMagnitude, kErrors = kMade & kError;
+  static constexpr bool kSums = kMade & (kValueSums | kMagnitudeSums), kWide = std::is_same_v<X, Any>;
+  static constexpr int kThreads = 256, kResident = kErrors || kWide ? 2 : 3;
   static constexpr int kWarps = kThreads / kWarp, kRows = 4;
+  // Rows that are on their way at the same time: of wide words fewer, for which there are registers.
+  static constexpr int kAtOnce = kErrors && kWide ? 1 : kErrors || kWide ? 2 : kRows;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
   struct Shared {
     // With a gap after every 32 columns: what a thread has lies in another bank than what any other one of its warp has.
@@ -57,11 +65,10 @@ struct Reduce {
   };
 
   Places places;
-  Memory x[kLevels], target[kLevels];
+  Memory x[kLevels], target[kErrors ? kLevels : 1];
   int64_t part[kLevels];
   const float *weights, *error_channel;
   float *raw, *magnitude, *error, *parts;
-  bool absolute, of_magnitudes;
 
   template <class Me>
   KD_DEVICE void operator()(Me& me, Shared& shared) const {
@@ -74,137 +81,159 @@ struct Reduce {
   // One tile of an image.
   template <class Me>
   KD_DEVICE void read(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
+    const bool aligned = x[level].aligned && (!kErrors || target[kErrors ? level : 0].aligned);
     if (places.place[level].last) {
-      read_pixels(me, shared, level, n, tile);
+      aligned ? read_pixels<true>(me, shared, level, n, tile) : read_pixels<false>(me, shared, level, n, tile);
     } else {
-      read_channels(me, shared, level, n, tile);
+      aligned ? read_channels<true>(me, shared, level, n, tile) : read_channels<false>(me, shared, level, n, tile);
     }
   }
 
  private:
-  KD_DEVICE static const char* row_of(const Memory& memory, const Place& place, int64_t n, int64_t row, int64_t column, int64_t length) {
-    return memory.begin + (n * place.channels * place.pixels + row * length + column) * Elements<X>::bytes(memory);
-  }
+  // A thread's elements in a row of a level and of its target, and what lies between rows.
+  struct Cursor {
+    const Memory *x, *target;
+    const char *at, *target_at;
+    int64_t row, target_row;
+    int left;
 
-  // What the warp reads at once: of wide words fewer rows, for which there are registers.
-  static constexpr int kAtOnce = kError && Words<X>::kWords > 4 ? 1 : kError || Words<X>::kWords > 4 ? 2 : kRows;
-  struct Rows {
-    Words<X> x[kAtOnce], target[kError ? kAtOnce : 1];
+    KD_DEVICE void go(int64_t rows) {
+      at += rows * row;
+      if (kErrors) target_at += rows * target_row;
+    }
   };
 
-  // Rows first, first + 1, ... of those below `end`; the others are zeros.
-  KD_DEVICE void get(Rows& rows, int level, int64_t n, int64_t first, int64_t end, int64_t column, int64_t length) const {
+  KD_DEVICE Cursor cursor(int level, int64_t n, int64_t row, int64_t column, int64_t length) const {
     const Place& place = places.place[level];
+    const int64_t first = n * place.channels * place.pixels + row * length + column;
+    const Memory& of_target = target[kErrors ? level : 0];
+    const int64_t bytes = Elements<X>::bytes(x[level]), of_bytes = kErrors ? Elements<X>::bytes(of_target) : 0;
+    return {&x[level],      &of_target,         x[level].begin + first * bytes, kErrors ? of_target.begin + first * of_bytes : nullptr,
+            length * bytes, length * of_bytes, left_of(length, column)};
+  }
+
+  struct Rows {
+    Words<X> x[kAtOnce], target[kErrors ? kAtOnce : 1];
+  };
+
+  // kAtOnce rows from the first of four, of which `count` are there; the others are zeros.
+  template <bool kAligned>
+  KD_DEVICE static void get(Rows& rows, const Cursor& from, int first, int count) {
     KD_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
-      const int64_t left = first + r < end ? length - column : 0;
-      Elements<X>::template get<kOnce>(x[level], row_of(x[level], place, n, first + r, column, length), left, rows.x[r]);
-      if (!kError) continue;
-      Elements<X>::get(target[level], row_of(target[level], place, n, first + r, column, length), left, rows.target[kError ? r : 0]);
+      const int left = first + r < count ? from.left : 0;
+      Elements<X>::template get<kOnce, kAligned>(*from.x, from.at + (first + r) * from.row, left, rows.x[r]);
+      if (!kErrors) continue;
+      Elements<X>::template get<false, kAligned>(*from.target, from.target_at + (first + r) * from.target_row, left,
+                                                 rows.target[kErrors ? r : 0]);
     }
   }
 
-  KD_DEVICE void unpack(const Rows& rows, int level, int r, float (&value)[kCount], float (&goal)[kCount]) const {
-    Elements<X>::unpack(x[level], rows.x[r], value);
-    if (kError) Elements<X>::unpack(target[level], rows.target[kError ? r : 0], goal);
+  KD_DEVICE static void unpack(const Rows& rows, const Cursor& from, int r, float (&value)[kCount], float (&goal)[kCount]) {
+    Elements<X>::unpack(*from.x, rows.x[r], value);
+    if (kErrors) Elements<X>::unpack(*from.target, rows.target[kErrors ? r : 0], goal);
   }
 
-  KD_DEVICE float channel_sum_of(float value) const { return of_magnitudes ? fabsf(value) : value; }
-
-  template <class Me>
+  template <bool kAligned, class Me>
   KD_DEVICE void read_channels(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
     const Place& place = places.place[level];
-    const int64_t column = tile * kColumns + me.lane() * kCount, vector = place.vector + n * place.channels;
+    const int64_t vector = place.vector + n * place.channels;
+    const int channels = static_cast<int>(place.channels);
     float raw_sum[kCount] = {}, magnitude_sum[kCount] = {}, error_sum[kCount] = {};
-    for (int64_t first = me.warp() * kRows; first < place.channels; first += kWarps * kRows) {
+    int first = me.warp() * kRows;
+    Cursor from = cursor(level, n, first, tile * kColumns + me.lane() * kCount, place.pixels);
+    for (; first < channels; first += kWarps * kRows, from.go(kWarps * kRows)) {
       Rows rows;
       float across[kRows];
       KD_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if (r % kAtOnce == 0) get(rows, level, n, first + r, place.channels, column, place.pixels);
-        const bool there = first + r < place.channels;
-        const float weight = raw != nullptr && there ? weights[vector + first + r] : 0.0f;
-        const float error_weight = error_channel != nullptr && there ? error_channel[vector + first + r] : 1.0f;
+        if (r % kAtOnce == 0) get<kAligned>(rows, from, r, channels - first);
+        // Rows that are not there are zeros, and need no weight.
+        const bool there = first + r < channels;
+        const float weight = kRaws && raw != nullptr && there ? weights[vector + first + r] : 0.0f;
+        const float error_weight = kErrors && error_channel != nullptr && there ? error_channel[vector + first + r] : 1.0f;
         across[r] = 0;
         float value[kCount], goal[kCount];
-        unpack(rows, level, r % kAtOnce, value, goal);
+        unpack(rows, from, r % kAtOnce, value, goal);
         KD_UNROLL
         for (int i = 0; i < kCount; ++i) {
           const float size = fabsf(value[i]);
-          if (raw != nullptr && there) raw_sum[i] += weight * (absolute ? size : value[i]);
-          magnitude_sum[i] += size;
-          if (kError) {
+          if (kRaws) raw_sum[i] += weight * (kMade & kOfMagnitudes ? size : value[i]);
+          if (kMagnitudes) magnitude_sum[i] += size;
+          if (kErrors) {
             const float difference = value[i] - goal[i];
             error_sum[i] += error_weight * difference * difference;
           }
-          across[r] += channel_sum_of(value[i]);
+          if (kSums) across[r] += kMade & kMagnitudeSums ? size : value[i];
         }
       }
-      if (parts != nullptr) {
-        const float total = warp_sums(me, across);
-        const int64_t channel = first + me.lane() / 8;
-        if (me.lane() % 8 == 0 && channel < place.channels) {
-          parts[part[level] + (n * place.blocks + tile) * place.channels + channel] = total;
-        }
+      if (!kSums || parts == nullptr) continue;
+      const float total = warp_sums(me, across);
+      const int channel = first + me.lane() / 8;
+      if (me.lane() % 8 == 0 && channel < channels) {
+        parts[part[level] + (n * place.blocks + tile) * place.channels + channel] = total;
       }
     }
     const int64_t map = place.map + n * place.pixels + tile * kColumns, left = place.pixels - tile * kColumns;
-    if (raw != nullptr) add_up(me, shared, raw_sum, raw + map, left);
-    if (magnitude != nullptr) add_up(me, shared, magnitude_sum, magnitude + map, left);
-    if (kError) add_up(me, shared, error_sum, error + map, left);
+    if (kRaws && raw != nullptr) add_up(me, shared, raw_sum, raw + map, left);
+    if (kMagnitudes && magnitude != nullptr) add_up(me, shared, magnitude_sum, magnitude + map, left);
+    if (kErrors) add_up(me, shared, error_sum, error + map, left);
   }
 
-  template <class Me>
+  template <bool kAligned, class Me>
   KD_DEVICE void read_pixels(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
     const Place& place = places.place[level];
     const int64_t vector = place.vector + n * place.channels;
-    const int64_t begin = tile * kBand, end = begin + kBand < place.pixels ? begin + kBand : place.pixels;
+    const int64_t begin = tile * kBand;
+    const int count = static_cast<int>(begin + kBand < place.pixels ? kBand : place.pixels - begin);
     for (int64_t base = 0; base < place.channels; base += kColumns) {
       const int64_t column = base + me.lane() * kCount;
       float weight[kCount], error_weight[kCount], down[kCount] = {};
       KD_UNROLL
       for (int i = 0; i < kCount; ++i) {
+        // Elements that are not there are zeros, and need no weight.
         const bool there = column + i < place.channels;
-        weight[i] = raw != nullptr && there ? weights[vector + column + i] : 0.0f;
-        error_weight[i] = error_channel != nullptr && there ? error_channel[vector + column + i] : 1.0f;
+        weight[i] = kRaws && raw != nullptr && there ? weights[vector + column + i] : 0.0f;
+        error_weight[i] = kErrors && error_channel != nullptr && there ? error_channel[vector + column + i] : 1.0f;
       }
-      for (int row = me.warp() * kRows; row < kBand; row += kWarps * kRows) {
+      int row = me.warp() * kRows;
+      Cursor from = cursor(level, n, begin + row, column, place.channels);
+      for (; row < kBand; row += kWarps * kRows, from.go(kWarps * kRows)) {
         Rows rows;
         float of_raw[kRows], of_magnitude[kRows], of_error[kRows];
         KD_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          if (r % kAtOnce == 0) get(rows, level, n, begin + row + r, end, column, place.channels);
+          if (r % kAtOnce == 0) get<kAligned>(rows, from, r, count - row);
           of_raw[r] = of_magnitude[r] = of_error[r] = 0;
           float value[kCount], goal[kCount];
-          unpack(rows, level, r % kAtOnce, value, goal);
+          unpack(rows, from, r % kAtOnce, value, goal);
           KD_UNROLL
           for (int i = 0; i < kCount; ++i) {
             const float size = fabsf(value[i]);
-            // What is not there has no weight: not even infinity times the 0 that was read.
-            if (column + i < place.channels) of_raw[r] += weight[i] * (absolute ? size : value[i]);
-            of_magnitude[r] += size;
-            if (kError) {
+            if (kRaws) of_raw[r] += weight[i] * (kMade & kOfMagnitudes ? size : value[i]);
+            if (kMagnitudes) of_magnitude[r] += size;
+            if (kErrors) {
               const float difference = value[i] - goal[i];
               of_error[r] += error_weight[i] * difference * difference;
             }
-            down[i] += channel_sum_of(value[i]);
+            if (kSums) down[i] += kMade & kMagnitudeSums ? size : value[i];
           }
         }
-        if (raw != nullptr) add_across(me, shared.across[0], row, of_raw, base == 0);
-        if (magnitude != nullptr) add_across(me, shared.across[1], row, of_magnitude, base == 0);
-        if (kError) add_across(me, shared.across[2], row, of_error, base == 0);
+        if (kRaws && raw != nullptr) add_across(me, shared.across[0], row, of_raw, base == 0);
+        if (kMagnitudes && magnitude != nullptr) add_across(me, shared.across[1], row, of_magnitude, base == 0);
+        if (kErrors) add_across(me, shared.across[2], row, of_error, base == 0);
       }
-      if (parts != nullptr) {
+      if (kSums && parts != nullptr) {
         add_up(me, shared, down, parts + part[level] + (n * place.blocks + tile) * place.channels + base, place.channels - base);
       }
     }
     me.sync();
     const int row = me.index();
-    if (begin + row < end) {
+    if (row < count) {
       const int64_t map = place.map + n * place.pixels + begin + row;
-      if (raw != nullptr) raw[map] = shared.across[0][row];
-      if (magnitude != nullptr) magnitude[map] = shared.across[1][row];
-      if (kError) error[map] = shared.across[2][row];
+      if (kRaws && raw != nullptr) raw[map] = shared.across[0][row];
+      if (kMagnitudes && magnitude != nullptr) magnitude[map] = shared.across[1][row];
+      if (kErrors) error[map] = shared.across[2][row];
     }
     me.sync();
   }

@@ -17,11 +17,9 @@
 #ifdef __CUDACC__
 #define KD_BOTH __host__ __device__ __forceinline__
 #define KD_DEVICE __device__ __forceinline__
-#define KD_CALL __device__ __noinline__
 #else
 #define KD_BOTH inline
 #define KD_DEVICE inline
-#define KD_CALL inline
 #endif
 #ifdef __CUDA_ARCH__
 #define KD_UNROLL _Pragma("unroll")

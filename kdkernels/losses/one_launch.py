@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backend, ops
@@ -36,15 +37,14 @@ def in_one_launch(
     if not s or not backend.prefers("native", "terms_persistent", s):
         return None
     t, names_t = as_pyramid("teacher_features", teacher_features)
-    gradients_s = _like(s, names, student_gradients)
-    gradients_t = _like(s, names, given["teacher_gradients"])
+    t = [x.detach() for x in t]
+    gradients_s = _like(s, names, "student_gradients", student_gradients)
+    gradients_t = _like(s, names, "teacher_gradients", given["teacher_gradients"])
     map_loss, box_loss = plain[gkd], plain[bmfi]
     assert isinstance(map_loss, GKDLoss) and isinstance(box_loss, BMFILoss)
     if gradients_s is None or gradients_t is None or names_t != names:
         return None
     options = ops.PersistentOptions(
-        channel_weight=map_loss.channel_weight,
-        activation=map_loss.activation,
         rectify=map_loss.rectify,
         distance=map_loss.distance,
         eps=map_loss.eps,
@@ -59,11 +59,12 @@ def in_one_launch(
         loss = losses[name]
         return loss.factor(t, given["teacher_losses"]) * factor if isinstance(loss, AIDLoss) else factor
 
-    masks = level_masks(
-        t, given["boxes"], given["image_size"], box_loss.mask, box_loss.expand, box_loss.placement, box_loss.inner_ones, box_loss.area_norm
-    )
     of_image = box_loss.weight / max(s[0].shape[0], 1)
-    factors = [weighted(gkd, map_loss.weight), weighted(bmfi, of_image * box_loss.gamma), weighted(bmfi, of_image * box_loss.alpha)]
+    drawn = (box_loss.mask, box_loss.expand, box_loss.placement, box_loss.inner_ones, box_loss.area_norm)
+    # The teacher's own losses may have a graph, which is not to be kept or run.
+    with torch.no_grad():
+        masks = level_masks(t, given["boxes"], given["image_size"], *drawn)
+        factors = [weighted(gkd, map_loss.weight), weighted(bmfi, of_image * box_loss.gamma), weighted(bmfi, of_image * box_loss.alpha)]
     distance, attention, region = ops.terms_persistent(s, t, gradients_s, gradients_t, masks, factors, options)
     made = {gkd: {"map": distance}, bmfi: {"region": region, "attention": attention}}
     return {name: made[name] for name in losses}
@@ -71,16 +72,16 @@ def in_one_launch(
 
 def _is_map(loss: GKDLoss) -> bool:
     usual = loss.box_weight == "none" and loss.grad_mode == "detached_weights" and loss.normalize == "minmax"
-    return loss.form == "map" and usual and loss.channel_weight != "elementwise"
+    return loss.form == "map" and usual and loss.channel_weight == "signed" and loss.activation == "raw"
 
 
 def _is_region_and_attention(loss: BMFILoss) -> bool:
     return bool(loss.alpha and loss.gamma) and not (loss.lambda_ or loss.beta_bg) and loss.attention_from == "teacher"
 
 
-def _like(features: list[Tensor], names: list[str], gradients: Gradients | None) -> list[Tensor] | None:
-    """The gradients' levels, None unless each is there and of its feature's shape."""
-    levels, own = as_pyramid("gradients", gradients if gradients is not None else [], optional=True)
+def _like(features: list[Tensor], names: list[str], argument: str, gradients: Gradients | None) -> list[Tensor] | None:
+    """The levels of these gradients, None unless each is there and of its feature's shape."""
+    levels, own = as_pyramid(argument, gradients if gradients is not None else [], optional=True)
     found = [g.detach() for g in levels if g is not None]
     same = own == names and [x.shape for x in found] == [x.shape for x in features]
     return found if same else None

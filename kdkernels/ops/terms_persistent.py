@@ -22,10 +22,8 @@ MOST_LEVELS = 8
 
 
 class PersistentOptions(NamedTuple):
-    """channel_weight: signed | abs, of `channel_mean`;   temperature: of the attention;   the others: of `MapTerm`"""
+    """Of `MapTerm`, with signed channel means as weights of raw features;   temperature: of the attention"""
 
-    channel_weight: str
-    activation: str
     rectify: str
     distance: str
     eps: float
@@ -64,9 +62,9 @@ def by_passes(
 ) -> list[Tensor]:
     """The same from the library's other primitives."""
     with torch.no_grad():
-        weights = [channel_mean(gradients, options.channel_weight) for gradients in (gradients_s, gradients_t)]
-        maps, spatial, channel = shared_read(t, weights[1], options.activation, options.rectify, options.temperature)
-    map_options = (options.activation, options.rectify, "minmax", options.distance, options.eps, options.eps_mode, 1.0, options.average)
+        weights = [channel_mean(gradients, "signed") for gradients in (gradients_s, gradients_t)]
+        maps, spatial, channel = shared_read(t, weights[1], "raw", options.rectify, options.temperature)
+    map_options = ("raw", options.rectify, "minmax", options.distance, options.eps, options.eps_mode, 1.0, options.average)
     made = (
         MapTerm(weights[0], maps, None, *map_options),
         AttentionTerm(spatial, channel, options.temperature),
@@ -75,10 +73,7 @@ def by_passes(
     return terms(s, list(zip(made, factors, strict=True)))
 
 
-_ARGUMENTS = (
-    "bool absolute_weights, bool absolute, str rectify, str distance, float eps, bool relative, str average, float temperature, "
-    "float[] scales"
-)
+_ARGUMENTS = "str rectify, str distance, float eps, bool relative, str average, float temperature, float[] scales"
 #: Packed results besides the rows: what `terms_backward` takes as saved, and the operands that are made on the way.
 _SAVED, _OPERANDS = 4, 5
 
@@ -103,11 +98,11 @@ class _Persistent(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, name: str, options: Options, absolute_weights: bool, mask: Tensor, factors: Tensor | None, levels: int, *tensors: Tensor
+        ctx: Any, name: str, options: Options, mask: Tensor, factors: Tensor | None, levels: int, *tensors: Tensor
     ) -> Tensor:
         s, t, gradients_s, gradients_t = (list(tensors[k * levels : (k + 1) * levels]) for k in range(4))
         o = options
-        arguments = (absolute_weights, o.absolute, o.rectify, o.distance, o.eps, o.relative, o.average, o.temperature, o.scales)
+        arguments = (o.rectify, o.distance, o.eps, o.relative, o.average, o.temperature, o.scales)
         rows, *rest = _run(name, s, t, gradients_s, gradients_t, mask, factors, *arguments)
         weights, map_t, spatial, channel, region = rest[_SAVED : _SAVED + _OPERANDS]
         operands = (t, weights, map_t, None, spatial, channel, channel, [region], factors)
@@ -119,7 +114,7 @@ class _Persistent(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*[None] * 6, *gradients_of(ctx, grad), *[None] * (3 * ctx.levels))
+        return (*[None] * 5, *gradients_of(ctx, grad), *[None] * (3 * ctx.levels))
 
 
 def fused(
@@ -139,9 +134,8 @@ def fused(
     tensors = None
     if any(isinstance(factor, Tensor) for factor in factors):
         ones = s[0].new_ones((), dtype=torch.float32)
-        tensors = torch.stack([(f.float() if isinstance(f, Tensor) else ones).expand(shape) for f in of_rows])
+        tensors = torch.stack([(f.detach().float() if isinstance(f, Tensor) else ones).expand(shape) for f in of_rows])
     made = Options(
-        absolute=options.activation == "abs",
         rectify=options.rectify,
         normalize="minmax",
         normalize_t="minmax",
@@ -155,14 +149,21 @@ def fused(
     )
     mask = pack([x.float() for x in masks])
     constants = [x.detach() for levels in (t, gradients_s, gradients_t) for x in levels]
-    rows = _Persistent.apply(name, made, options.channel_weight == "abs", mask, tensors, len(s), *s, *constants)
+    rows = _Persistent.apply(name, made, mask, tensors, len(s), *s, *constants)
     return [rows[0], rows[1] + rows[2], rows[3]]
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether a launch can serve this tensor."""
+    return x.is_cuda
 
 
 def refuses(
     s: list[Tensor], t: list[Tensor], gradients_s: list[Tensor], gradients_t: list[Tensor], masks: list[Tensor], *options: Any
 ) -> str:
     """Why one launch cannot serve these; "" when it can."""
+    if not on_gpu(s[0]):
+        return f"one launch is for a GPU, the tensors are on {s[0].device}"
     if not in_graph(s) or torch.compiler.is_compiling():
         return "without a gradient, or compiled, the passes have less to do"
     if len(s) > MOST_LEVELS:

@@ -58,13 +58,19 @@ struct Row {
   void operator()(Me& me, Shared&) const {
     const int64_t column = me.block() * kSpan<X> + me.lane() * kCount;
     char* const at = const_cast<char*>(memory.begin) + (begin + column) * Elements<X>::bytes(memory);
+    memory.aligned ? move<true>(me, at, column) : move<false>(me, at, column);
+  }
+
+ private:
+  template <bool kAligned, class Me>
+  void move(Me& me, char* at, int64_t column) const {
     float x[kCount];
     if (kStore) {
       for (int i = 0; i < kCount; ++i) x[i] = floats[column + i];
-      Elements<X>::put(me, memory, at, length - column, x);
+      Elements<X>::template put<kAligned>(me, memory, at, left_of(length, column), x);
     } else {
       Words<X> packed;
-      Elements<X>::get(memory, at, length - column, packed);
+      Elements<X>::template get<false, kAligned>(memory, at, left_of(length, column), packed);
       Elements<X>::unpack(memory, packed, x);
       for (int i = 0; i < kCount; ++i) floats[column + i] = x[i];
     }

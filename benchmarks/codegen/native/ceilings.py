@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 #: Kernel, without template arguments -> registers a thread; `OTHERS` is that of the rest.
 REGISTERS: dict[str, int] = {}
-#: Chips for which stack and local memory are held against 0; of others they are in the table.
+#: Chips for which stack and local memory are held against 0; what other chips have of them is in the table.
 WITHOUT_SPILLS = (80, 90)
 #: Template arguments of the kernels that stream pyramids: an element's type, or that of mixed ones.
 ELEMENTS = frozenset({"fp32", "fp16", "bf16", "Any"})

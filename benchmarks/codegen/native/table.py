@@ -10,7 +10,7 @@ from kdkernels.report.tables import Table, to_markdown
 
 from ..ceilings import OTHERS, WIDE
 from ..table import chips, exceptions, side_by_side, widths
-from .ceilings import REGISTERS, WRITERS
+from .ceilings import REGISTERS, WITHOUT_SPILLS, WRITERS
 
 Record = dict[str, Any]
 #: Column -> what stands there of one kernel on one chip.
@@ -59,11 +59,16 @@ def page(results: Mapping[str, Any]) -> str:
         "- loads, stores: instructions on global memory in all bodies of the kernel; `4 x 16` are four of 16 bytes a thread. Narrow ones "
         "are of maps, vectors and single elements at the ends of rows.\n"
         "- counters: atomic additions to whole numbers, by which blocks take turns; values never go through atomics.\n"
-        f"- Checked: no stack, no spills, no fp64, no atomics but on counters, at most {OTHERS} registers{exceptions(REGISTERS)}; in "
-        f"kernels of an element's type loads of {WIDE} bytes or bulk copies, in {_named(WRITERS)} stores too.\n",
+        f"- Checked: no stack and no spills for {_chips(WITHOUT_SPILLS)}; for all chips no fp64, no atomics but on counters, at most "
+        f"{OTHERS} registers{exceptions(REGISTERS)}; in kernels of an element's type loads of {WIDE} bytes or bulk copies, in "
+        f"{_named(WRITERS)} stores too.\n",
         to_markdown(table(results)),
     ]
     return "\n".join(parts)
+
+
+def _chips(capabilities: Iterable[int]) -> str:
+    return " and ".join(f"sm_{capability}" for capability in capabilities)
 
 
 def _named(kernels: Iterable[str]) -> str:
