@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -62,12 +63,17 @@ def test_a_wheel_made_from_the_source_distribution_holds_the_benchmarks(tmp_path
     kept = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "docs", "tests", "*.jsonl")
     shutil.copytree(ROOT, source, ignore=kept)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    # What is compiled of it, tests/test_build.py says.
+    done = subprocess.run(build, capture_output=True, text=True, check=False, env={**os.environ, "KDKERNELS_BUILD": "none"})
     assert done.returncode == 0, done.stdout + done.stderr
+    (packed,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= held
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
+    with zipfile.ZipFile(wheel) as library:
+        names = library.namelist()
+        library.extractall(tmp_path / "installed")
     expected = {f"kdkernels/benchmarks/{path.relative_to(ROOT / 'benchmarks')}" for path in (ROOT / "benchmarks").rglob("*.py")}
     assert {name for name in names if name.startswith("kdkernels/benchmarks/")} == expected
     assert {name.partition("/")[0] for name in names} == {"kdkernels", "kdkernels-0.1.0.dist-info"}
