@@ -151,7 +151,7 @@ def test_masks_in_several_rounds_are_the_same() -> None:
 def test_every_primitive_and_every_loss_has_an_entry() -> None:
     primitives = {module.name for module in pkgutil.iter_modules(kdkernels.ops.__path__)}
     # Passes that several primitives share: what they cost is measured in the methods.
-    shared = {"shared_read", "terms"}
+    shared = {"shared_read", "terms", "terms_persistent"}
     assert {name for name, entry in ENTRIES.items() if entry.kind == "primitive"} == primitives - shared
     public = {name for name in kdkernels.losses.__all__ if isinstance(x := getattr(kdkernels.losses, name), type) and _is_loss(x)}
     used = {type(loss).__name__ for e in ENTRIES.values() if e.losses for loss in e.losses().values()}
