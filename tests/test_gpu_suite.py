@@ -226,8 +226,8 @@ def test_the_sanitizers_find_tests_of_primitives_and_of_losses(backend: str) -> 
     counts = dict(line.split(": ") for line in done.stdout.splitlines() if line.startswith("tests/"))
     assert done.returncode == 0 and set(counts) == {"tests/test_gpu.py", "tests/test_gpu_kernels.py"}
     primitives = [entry for entry in ENTRIES.values() if entry.kind == "primitive"]
-    # Two layouts; four types of a call, two of a primitive.
-    assert [int(count) for count in counts.values()] == [8, 4 * len(primitives)]
+    # Two layouts; four types of a call, two of a primitive and of losses in one launch.
+    assert [int(count) for count in counts.values()] == [8, 4 * len(primitives) + 4]
 
 
 @pytest.mark.parametrize("form", ["quick", "full"])
