@@ -1,29 +1,10 @@
 // The read pass: every sum over channels and over pixels that a loss takes of a pyramid, from one read of it.
 #pragma once
 
-#include "../include/pyramid.h"
+#include "../include/reading.h"
 #include "bands.h"
 
 namespace kd {
-
-enum class ChannelSums { none, of_values, of_magnitudes };
-
-// What a read pass is to make. Maps are packed (N, P) level after level, vectors packed (N, C); a null pointer is not wanted.
-//   raw       sum_c weights * x, of |x| with `absolute`
-//   magnitude sum_c |x|
-//   error     sum_c error_channel * (x - target)^2;   error_channel null is 1
-//   channel   sums over the pixels of |x| or x, by `sums`
-struct Reading {
-  const Pyramid* target = nullptr;
-  const float* weights = nullptr;
-  const float* error_channel = nullptr;
-  bool absolute = false;
-  ChannelSums sums = ChannelSums::none;
-  float* raw = nullptr;
-  float* magnitude = nullptr;
-  float* error = nullptr;
-  float* channel = nullptr;
-};
 
 // Reads these images of x.
 void reduce(const Pyramid& x, const Reading& wanted, Images images);

@@ -12,8 +12,7 @@ Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
   Reading wanted;
   wanted.sums = absolute ? ChannelSums::of_magnitudes : ChannelSums::of_values;
   wanted.channel = floats(means);
-  wanted.mean = true;
-  reduce(device, x[0], levels, wanted);
+  reduce(device, x[0], levels, wanted, true);
   return means;
 }
 

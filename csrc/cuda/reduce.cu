@@ -4,7 +4,7 @@ namespace kd {
 namespace {
 
 template <class X, unsigned kMade>
-void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted) {
+void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, bool mean) {
   std::vector<int64_t> part{0};
   for (size_t i = 0; i < x.size(); ++i) part.push_back(part.back() + x[i].images * read_blocks<X>(x[i]) * x[i].channels);
   const bool sums = wanted.sums != ChannelSums::none;
@@ -25,7 +25,7 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
   });
   if (!sums) return;
   SumParts second{};
-  second.parts = floats(parts), second.channel = wanted.channel, second.mean = wanted.mean;
+  second.parts = floats(parts), second.channel = wanted.channel, second.mean = mean;
   in_launches(x, [](const Level& level) { return ceil_div<int64_t>(level.channels, kWarp); }, [&](const Places& places) {
     second.places = places;
     for (int i = 0; i < places.count; ++i) {
@@ -45,11 +45,11 @@ unsigned bits_of(const Reading& wanted) {
 
 // Calls the first of the kernels that makes all that is wanted, and nothing else of the same sums.
 template <class X, unsigned kMade, unsigned... kOthers>
-void reduce_by(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, unsigned bits) {
+void reduce_by(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, bool mean, unsigned bits) {
   const bool fits = (bits & ~kMade) == 0 && ((bits ^ kMade) & kOfMagnitudes & (bits & kRaw ? ~0u : 0u)) == 0;
-  if (fits) return reduce_as<X, kMade>(device, like, x, wanted);
+  if (fits) return reduce_as<X, kMade>(device, like, x, wanted, mean);
   if constexpr (sizeof...(kOthers) > 0) {
-    reduce_by<X, kOthers...>(device, like, x, wanted, bits);
+    reduce_by<X, kOthers...>(device, like, x, wanted, mean, bits);
   } else {
     STD_TORCH_CHECK(false, "no read pass makes ", bits);
   }
@@ -59,17 +59,18 @@ constexpr unsigned kAttention = kMagnitude | kMagnitudeSums, kAll = kRaw | kAtte
 
 }  // namespace
 
-void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted) {
+void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, bool mean) {
   if (x.images() == 0) return;
   by_type({&x, wanted.error != nullptr ? wanted.target : nullptr}, [&](auto type) {
     using X = decltype(type);
     const unsigned bits = bits_of(wanted);
     // Of mixed types, which are rare, fewer: each of them takes time to compile.
     if constexpr (std::is_same_v<X, Any>) {
-      reduce_by<X, kValueSums, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kAll, kAll | kOfMagnitudes>(device, like, x, wanted, bits);
+      reduce_by<X, kValueSums, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kAll, kAll | kOfMagnitudes>(
+          device, like, x, wanted, mean, bits);
     } else {
       reduce_by<X, kValueSums, kMagnitudeSums, kRaw, kAttention, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kError, kAll,
-                kAll | kOfMagnitudes>(device, like, x, wanted, bits);
+                kAll | kOfMagnitudes>(device, like, x, wanted, mean, bits);
     }
   });
 }

@@ -3,33 +3,15 @@
 
 #include <type_traits>
 
+#include "../include/reading.h"
 #include "launch.h"
 #include "levels.h"
 #include "sums.h"
 
 namespace kd {
 
-enum class ChannelSums { none, of_values, of_magnitudes };
-
-// What a read pass is to make. Maps are packed (N, P) level after level, vectors packed (N, C); a null pointer is not wanted.
-//   raw       sum_c weights * x, of |x| with `absolute`
-//   magnitude sum_c |x|
-//   error     sum_c error_channel * (x - target)^2;   error_channel null is 1
-//   channel   sums over the pixels of |x| or x, by `sums`, divided by the number of pixels with `mean`
-struct Reading {
-  const Pyramid* target = nullptr;
-  const float* weights = nullptr;
-  const float* error_channel = nullptr;
-  bool absolute = false;
-  ChannelSums sums = ChannelSums::none;
-  bool mean = false;
-  float* raw = nullptr;
-  float* magnitude = nullptr;
-  float* error = nullptr;
-  float* channel = nullptr;
-};
-
-void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted);
+// mean: the channel sums are divided by the number of pixels
+void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Reading& wanted, bool mean = false);
 
 // Pixels of a channels_last level that a block reads, all channels of each.
 constexpr int kBand = 128;
