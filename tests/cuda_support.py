@@ -38,4 +38,4 @@ def with_cuda_kernels(orders: Sequence[int] = (ORDERS[0], ORDERS[-1])) -> Iterat
 
 
 #: With which kernels a test of the native backend runs: those for the CPU, and those for CUDA.
-MACHINES = [pytest.param(nullcontext, id="cpu"), pytest.param(with_cuda_kernels, id="cuda")]
+MACHINES = [pytest.param(nullcontext, id="cpu"), pytest.param(with_cuda_kernels, id="cuda", marks=pytest.mark.emulated)]

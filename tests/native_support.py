@@ -56,11 +56,12 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within it new uninitialised tensors, the library's too, are full of NaN, so that an element which no kernel writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
