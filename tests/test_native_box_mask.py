@@ -1,6 +1,8 @@
-"""`box_mask` by the native kernels: the cells of the reference and of the loops over boxes, and their numbers up to the last bits of exp.
+"""`box_mask` by the native kernels, for the CPU and for CUDA: the cells of the reference and of the loops over boxes, and their numbers up
+to the last bits of exp.
 
-Every comparison also runs with all instructions of the machine and with one thread and two: their results are equal to the bit.
+Every comparison also runs with all instructions of the machine and with one thread and two, or in several orders of a GPU's threads: the
+results are equal to the bit.
 """
 
 from __future__ import annotations
@@ -9,20 +11,28 @@ import itertools
 from typing import Any
 
 import box_mask_support as support
+import native_support
 import numpy as np
 import pytest
 import torch
 from box_mask_support import PROFILED, SIZES, random_boxes
+from cuda_support import MACHINES
 from hypothesis import given
 from hypothesis import strategies as st
-from native_support import needs_library, same_everywhere
+from native_support import needs_library
 from oracle import cases
 from torch import Tensor
 
-from kdkernels import backend, functional
+from kdkernels import backend, functional, library
 from kdkernels.ops.box_mask import KINDS
 
 pytestmark = needs_library
+
+
+@pytest.fixture(autouse=True, params=MACHINES)
+def machine(request):
+    with request.param():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +42,11 @@ def chosen(monkeypatch):
 
 
 def check(*args: Any, **options: Any) -> list[Tensor]:
-    return support.check(same_everywhere, *args, **options)
+    return support.check(native_support.same_everywhere, *args, **options)
 
 
 def check_by_loops(*args: Any, **options: Any) -> list[Tensor]:
-    return support.check_by_loops(same_everywhere, *args, **options)
+    return support.check_by_loops(native_support.same_everywhere, *args, **options)
 
 
 @pytest.mark.parametrize(("placement", "expand"), [("centered", 2.0), ("centered", 1.5), ("released", 2.0)])
@@ -176,5 +186,5 @@ def test_the_operator():
 @pytest.mark.parametrize(("changed", "message"), support.REFUSED, ids=str)
 def test_what_the_library_refuses(changed, message):
     with pytest.raises(RuntimeError, match=message) as raised:
-        torch.ops.kdkernels_native.box_mask(**{**support.ARGUMENTS, **changed})
+        library._kernel("native", "box_mask", "box_mask")(**{**support.ARGUMENTS, **changed})
     assert "box_mask" in str(raised.value) or "kdkernels" in str(raised.value)
