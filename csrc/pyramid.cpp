@@ -63,8 +63,8 @@ Pyramid::Pyramid(const std::vector<Tensor>& x, const Pyramid* like) {
   held_.reserve(x.size());
   levels_.reserve(x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == (like == nullptr ? x : like->held_)[0].device() && x[i].size(0) == x[0].size(0) && x[i].size(1) > 0 &&
-                        x[i].size(2) > 0 && x[i].size(3) > 0,
+    STD_TORCH_CHECK(x[i].dim() == 4 && x[i].device() == (like == nullptr ? x : like->held_)[0].device() &&
+                        x[i].size(0) == x[0].size(0) && x[i].size(1) > 0 && x[i].size(2) > 0 && x[i].size(3) > 0,
                     "level ", i, ": expected (N, C, H, W), one N for all, on one device, and no empty level");
     STD_TORCH_CHECK(like == nullptr || same_shape(x[i], like->held_[i]), "level ", i, ": another shape than the student's");
     const bool last = like == nullptr ? is_channels_last(x[i]) : (*like)[i].last;
@@ -138,7 +138,8 @@ const float* floats(const Tensor& x, int64_t count) {
 const float* floats_beside(const Tensor& x, const Tensor& packed, int64_t count) {
   STD_TORCH_CHECK(packed.device() == x.device() && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
                       packed.numel() == count,
-                  "expected ", count, " contiguous float32 elements on the device of the levels");
+                  "expected ", count, " contiguous float32 elements on the device of the levels, got ", packed.numel(), " of ",
+                  toString(packed.scalar_type()));
   return static_cast<const float*>(packed.const_data_ptr());
 }
 

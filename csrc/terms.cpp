@@ -19,7 +19,6 @@ TermsCall::TermsCall(const TermsOperands& operands, const TermsOptions& options)
       factors_(packed(operands.factors, rows() * images_)),
       attention_row_(has_map()),
       imitation_row_(attention_row_ + (attends() ? 2 : 0)) {
-  STD_TORCH_CHECK(s_.size() > 0, "expected at least one level");
   STD_TORCH_CHECK(options.imitations == 0 || (options.imitations > 0 && t_.size() > 0), "imitations need a target");
   STD_TORCH_CHECK(operands.map_t.has_value() == has_map() && operands.attention_channel.has_value() == attends() &&
                       rows() == imitation_row_ + options.imitations,
@@ -30,7 +29,7 @@ TermsCall::TermsCall(const TermsOperands& operands, const TermsOptions& options)
 }
 
 const float* TermsCall::packed(const std::optional<Tensor>& x, int64_t count) const {
-  return floats_beside(operands_.s.at(0), x, count);
+  return floats_beside(first_of(operands_.s), x, count);
 }
 
 Tensor TermsCall::new_floats(const std::vector<int64_t>& shape) const {
@@ -48,6 +47,28 @@ Saved TermsCall::saved_of(const std::vector<Tensor>& tensors) const {
   const int64_t counts[] = {has_map() ? s_.maps() : 0, attends() ? s_.maps() : 0, attends() ? s_.vectors() : 0, 3 * images_ * STATE};
   for (int k = 0; k < 4; ++k) packed(tensors[k], counts[k]);
   return {floats(tensors[0]), floats(tensors[1]), floats(tensors[2]), floats(tensors[3])};
+}
+
+std::optional<Reading> TermsCall::reading(const Saved& saved, float* error) const {
+  const bool imitates = error != nullptr && options_.imitations > 0;
+  if (!has_map() && !attends() && !imitates) return std::nullopt;
+  Reading wanted;
+  if (has_map()) {
+    wanted.weights = weights_;
+    wanted.raw = saved.raw;
+    wanted.absolute = options_.absolute;
+  }
+  if (attends()) {
+    wanted.sums = ChannelSums::of_magnitudes;
+    wanted.magnitude = saved.magnitude;
+    wanted.channel = saved.channel_sums;
+  }
+  if (imitates) {
+    wanted.target = &t_;
+    wanted.error = error;
+    wanted.error_channel = channel_;
+  }
+  return wanted;
 }
 
 const float* TermsCall::upstream_of(const Tensor& grad) const { return packed(grad, rows() * images_); }

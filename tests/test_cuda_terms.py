@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_support import in_any_order
+from cuda_support import held_beside, in_any_order
 from emulation import emulated
 from fused_support import GRAINS, INF, NAN, SMALL, called, evaluated, of_one_graph, of_shapes, of_the_tap, wide
 from levels import DTYPES, pyramid, relative_error
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.call import bind
 from benchmarks.call import sample as sampled
+from benchmarks.measure.memory import peak_bytes
 from benchmarks.registry import ENTRIES, Case, flat
 from benchmarks.registry.predicted import units
 from kdkernels import AIDLoss, BMFILoss, GKDLoss, set_backend
@@ -293,7 +294,7 @@ def operator(name: str) -> Any:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["gkd_bmfi", "bmfi", "feature_imitation"])
+@pytest.mark.parametrize("name", ["gkd_bmfi", "gkd", "bmfi", "feature_imitation"])
 def test_bytes_that_are_moved_are_those_predicted(name: str, dtype: str, layout: str) -> None:
     """The same as Triton's: 7 units for GKD and BMFI with their gradient, for an upstream gradient of 1."""
     entry, case = ENTRIES[name], Case("tiny", batch=1, channels=64, boxes=3, dtype=dtype, layout=layout)
@@ -310,3 +311,48 @@ def test_bytes_that_are_moved_are_those_predicted(name: str, dtype: str, layout:
             counts = emulator.counts()
         unit = case.batch * case.channels * case.pixels * DTYPES[dtype].itemsize
         assert counts["bytes_read"] + counts["bytes_written"] == units(name, case, mode) * unit, mode
+
+
+@pytest.mark.parametrize("imitations", [0, 1])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_held_beside_results_is_a_few_numbers_a_tile(dtype: str, imitations: int) -> None:
+    """A map of errors with the values alone; of gradients no map and no vector, as the write pass makes its factors where it takes them."""
+    images, channels, pixels = 2, 64, 1280
+    features, teacher = (laid_out([(images, channels, 32, 40)], dtype, "contiguous", seed) for seed in (1, 2))
+    (batch,) = batches(features, terms([x.shape for x in features], teacher, imitations))
+    given, rows = (*batch.operands, *batch.options), 3 + imitations
+    with emulated() as emulator:
+        blocks = images * pixels // emulator.span(dtype != "fp32")
+        sums, squares, errors = 4 * blocks * channels, 4 * blocks * imitations, 4 * images * pixels * imitations
+        (_, *saved), grad = operator("terms")(features, *given), torch.full((rows, 1, images), 2.0)
+        gradients = [torch.empty_like(x) for x in features]
+        calls: dict[str, tuple[tuple[Any, ...], int]] = {
+            "terms": ((features, *given), errors + sums),
+            # The gradient, which is larger than the sums of the tiles, is there when these are not any more.
+            "terms_with_gradient": ((features, *given), squares),
+            "terms_backward": ((grad, saved, features, features, *given), 0),
+            "terms_correct_gradient": ((gradients, grad, saved, features, *given), torch.int.itemsize),
+        }
+        for name, (arguments, most) in calls.items():
+            assert held_beside(partial(operator(name), *arguments)) <= most, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["backward", "inline"])
+def test_a_call_of_gkd_and_bmfi_holds_five_maps_beside_its_gradient(mode: str, dtype: str) -> None:
+    """The raw map and sum_c |x| of the student; the map, the spatial attention and the imitation's weights of the teacher. And three
+    vectors: the student's channel weights, sum_p |x| and the teacher's channel attention."""
+    entry, case = ENTRIES["gkd_bmfi"], Case("tiny", batch=2, channels=64, boxes=3, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs = entry.inputs(case, generator, torch.device("cpu"))
+    set_backend("native")
+    given = sampled(entry, inputs, mode, [x.shape for x in flat(entry.eager(**inputs))], generator)
+    with emulated():
+        call = partial(bind(entry, entry.call, mode, own=True), given)
+        call()
+        peak = peak_bytes(torch.device("cpu"), call)
+    gradient = sum(x.nbytes for x in inputs["student_features"])
+    maps, vectors = 4 * case.batch * case.pixels, 4 * case.batch * case.channels * len(case.level_sizes)
+    # State, rows and the tiles' squared errors.
+    small = 4 << 10
+    assert peak is not None and peak - gradient < 5 * maps + 3 * vectors + small, f"{(peak - gradient) / maps:.2f} maps"

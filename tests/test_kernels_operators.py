@@ -152,7 +152,7 @@ def test_fakes_count_beyond_2_to_the_31(name: str) -> None:
 
 def test_every_operator_has_a_fake_that_was_looked_at() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::")}
-    # What one backend alone has, tests/test_cuda_persistent.py looks at.
+    # What one backend alone has, tests/test_cuda_terms_persistent.py looks at.
     assert registered == {f"kdkernels::{name}" for name in (*OPERATORS, "terms_persistent")}
 
 

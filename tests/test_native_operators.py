@@ -83,7 +83,7 @@ def test_operators_are_what_their_schemas_and_fakes_say(layout: str, images: int
 def test_every_operator_was_looked_at() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::")}
     looked_at = [*calls("contiguous", 2), *term_calls("native", "contiguous", 2, 1, "cpu")]
-    # There is nothing like it for the CPU: tests/test_cuda_persistent.py looks at it.
+    # There is nothing like it for the CPU: tests/test_cuda_terms_persistent.py looks at it.
     of_cuda = {"kdkernels::terms_persistent"}
     assert registered == {operator.default._schema.name for operator, _ in looked_at} | of_cuda
 

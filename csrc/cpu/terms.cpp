@@ -91,23 +91,7 @@ class Terms : public TermsCall {
   }
 
   void read(const Saved& saved, float* error, Images images) const {
-    Reading wanted;
-    if (has_map()) {
-      wanted.weights = weights_;
-      wanted.raw = saved.raw;
-      wanted.absolute = options_.absolute;
-    }
-    if (attends()) {
-      wanted.sums = ChannelSums::of_magnitudes;
-      wanted.magnitude = saved.magnitude;
-      wanted.channel = saved.channel_sums;
-    }
-    if (error != nullptr && options_.imitations > 0) {
-      wanted.target = &t_;
-      wanted.error = error;
-      wanted.error_channel = channel_;
-    }
-    if (wanted.raw != nullptr || wanted.magnitude != nullptr || wanted.error != nullptr) reduce(s_, wanted, images);
+    if (const std::optional<Reading> wanted = reading(saved, error)) reduce(s_, *wanted, images);
   }
 
   // The values of the map's and the attention's rows and of so many imitations'.

@@ -104,7 +104,7 @@ struct AttentionBackward {
 };
 
 std::tuple<Tensor, Tensor> attention(std::vector<Tensor> x, double temperature) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   Reading wanted;
   const AttentionSums sums(x[0], levels, wanted);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> x, double temperature) 
 
 std::vector<Tensor> attention_backward(std::vector<Tensor> x, Tensor spatial, Tensor channel, Tensor grad_spatial, Tensor grad_channel,
                                        double temperature) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   const int64_t maps = levels.maps(), vectors = levels.vectors();
   const MapsAndVectors<const float> own{floats_beside(x[0], spatial, maps), floats_beside(x[0], channel, vectors)};

@@ -6,7 +6,7 @@ namespace kd {
 namespace {
 
 Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   const Tensor means = new_floats(x[0], {levels.vectors()});
   Reading wanted;
@@ -17,7 +17,7 @@ Tensor channel_mean(std::vector<Tensor> x, bool absolute) {
 }
 
 std::vector<Tensor> channel_mean_backward(std::vector<Tensor> x, Tensor grad, bool absolute) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   Results out(x, levels);
   Writing wanted;

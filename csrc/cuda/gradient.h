@@ -1,4 +1,4 @@
-// The write pass: a pyramid's gradient, from vectors per channel and per pixel and one more read of the pyramid.
+// The write pass: a pyramid's gradient, from numbers by channel and by pixel and one more read of the pyramid.
 #pragma once
 
 #include <type_traits>
@@ -15,18 +15,12 @@ struct Factors {
   bool there;
 };
 
-// dx = product_c * product_p * (sgn(x) if absolute else 1) + sgn(x) * (sign_c + sign_p) + error_c * error_p * (x - target) + arriving
+// dx = product_c * product_p * (sgn(x) if absolute else 1) + sgn(x) * (sign_c + sign_p)
 // A term that is not there contributes nothing; the neutral value is 1, of the sign's factors 0.
-//   mean    the product is divided by the number of pixels
-//   values  (L, N), filled with the sum of error_c * error_p * (x - target)^2 / 2, of which the error's part is the gradient; or null
-//   unless  on the device: not 0 if `out` is right already, and is to stay as it is; or null
+//   mean  the product is divided by the number of pixels
 struct Writing {
-  const Pyramid* target = nullptr;
-  const Pyramid* arriving = nullptr;
-  Factors product{}, sign{}, error{};
+  Factors product{}, sign{};
   bool absolute = false, mean = false;
-  float* values = nullptr;
-  const int* unless = nullptr;
 };
 
 void gradient(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const Writing& wanted, const Results& out);
@@ -49,15 +43,15 @@ struct Numbers {
 // The terms of a gradient, as they are known when it is compiled. One that is not there after all has factors of 0.
 enum GradientTerms : unsigned { kProduct = 1, kSign = 2, kSquares = 4, kArriving = 8 };
 
-// A block's share of the write pass: kSpan columns of some rows, which its warps take in turns. The numbers that belong to its columns and
-// rows are made once and lie in shared memory; those of a thread's columns stay in its registers.
+// What a block of the write pass does: kSpan columns of some rows, which its warps take in turns. The numbers that belong to its columns
+// and rows are made once and lie in shared memory; those of a thread's columns stay in its registers.
 //
-// x, target, arriving, out  levels of type X, those in the middle where there are such terms;   parts: a number a block, its sum of squared
-// errors, or null
+// dx = product_c * product_p * (sgn(x) if absolute else 1) + sgn(x) * (sign_c + sign_p) + error_c * error_p * (x - target) + arriving
+// x, target, arriving, out  levels of type X, those in the middle where there are such terms
 template <class X, unsigned kTerms>
-struct Gradient {
-  static constexpr bool kErrors = kTerms & kSquares, kAdds = kTerms & kArriving;
-  static constexpr int kThreads = 256, kResident = kErrors ? 2 : 3, kWarps = kThreads / kWarp, kRows = std::is_same_v<X, Any> ? 1 : 2;
+struct GradientTiles {
+  static constexpr bool kErrors = kTerms & kSquares, kAdds = kTerms & kArriving, kAlwaysReads = kErrors || !(kTerms & kProduct);
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kRows = std::is_same_v<X, Any> ? 1 : 2;
   static constexpr int kCount = kWidth<X>, kColumns = kSpan<X>;
   struct Shared {
     // Of product, sign and error. With a gap after every eight columns, so that a warp's threads read from different banks.
@@ -67,37 +61,19 @@ struct Gradient {
 
   Places places;
   Memory x[kLevels], target[kErrors ? kLevels : 1], arriving[kAdds ? kLevels : 1], out[kLevels];
-  Factors product, sign, error;
-  float* parts;
-  const int* unless;
   // reads: whether x is looked at, as all terms but a product do
-  bool absolute, mean, reads;
+  bool absolute, reads;
 
-  template <class Me>
-  KD_DEVICE void operator()(Me& me, Shared& shared) const {
-    if (unless != nullptr && *unless != 0) return;
-    const int level = places.of(me.block());
-    const Place& place = places.place[level];
-    const int64_t within = me.block() - place.first, n = within / place.blocks;
-    const int64_t map = place.map + n * place.pixels;
-    const float squares = write(me, shared, level, n, within % place.blocks, [&](int64_t pixel) {
-      return Numbers{number(product, product.pixel, map + pixel, 1), number(sign, sign.pixel, map + pixel, 0),
-                     number(error, error.pixel, map + pixel, 1)};
-    });
-    if (!kErrors || parts == nullptr) return;
-    const float total = block_sum(me, squares, shared.of_warp, kWarps);
-    if (me.index() == 0) parts[me.block()] = total;
-  }
-
-  // One tile of an image; returns the thread's share of the sum of squared errors. of_pixel: (pixel) -> Numbers
-  template <class Me, class OfPixel>
-  KD_DEVICE float write(Me& me, Shared& shared, int level, int64_t n, int64_t tile, const OfPixel& of_pixel) const {
+  // One tile of an image; returns the thread's share of the sum of squared errors. of_channel, of_pixel: (index in the image) -> Numbers
+  template <class Me, class OfChannel, class OfPixel>
+  KD_DEVICE float write(Me& me, Shared& shared, int level, int64_t n, int64_t tile, const OfChannel& of_channel,
+                        const OfPixel& of_pixel) const {
     const Place& place = places.place[level];
     const int64_t length = place.last ? place.channels : place.pixels, height = place.last ? place.pixels : place.channels;
     const int64_t across = ceil_div<int64_t>(length, kColumns), first = tile % across * kColumns, begin = tile / across * kRowsOfBlock;
     const int rows = static_cast<int>(begin + kRowsOfBlock < height ? kRowsOfBlock : height - begin);
-    const auto keep = [&](float* of_term, int terms_apart, bool there, bool of_channel, int64_t index) {
-      const Numbers made = !there ? Numbers{0, 0, 0} : of_channel ? channel_numbers(place, n, index) : of_pixel(index);
+    const auto keep = [&](float* of_term, int terms_apart, bool there, bool channel, int64_t index) {
+      const Numbers made = !there ? Numbers{0, 0, 0} : channel ? of_channel(index) : of_pixel(index);
       of_term[0] = made.product, of_term[terms_apart] = made.sign, of_term[2 * terms_apart] = made.error;
     };
     for (int i = me.index(); i < kColumns; i += kThreads) {
@@ -137,7 +113,7 @@ struct Gradient {
       for (int r = 0; r < kRows; ++r) {
         const int there = row + r < rows ? left : 0;
         const int64_t from = at + r * length;
-        if (kTerms != kProduct || reads) get<kAligned>(x[level], from, there, read[r]);
+        if (kAlwaysReads || reads) get<kAligned>(x[level], from, there, read[r]);
         if (kErrors) get<kAligned>(target[kErrors ? level : 0], from, there, goal[kErrors ? r : 0]);
         if (kAdds) get<kAligned>(arriving[kAdds ? level : 0], from, there, add[kAdds ? r : 0]);
       }
@@ -146,7 +122,7 @@ struct Gradient {
         // The same for the whole warp, which stores together.
         if (row + r >= rows) continue;
         float made[kCount], value[kCount] = {}, wanted[kCount], arrived[kCount];
-        if (kTerms != kProduct || reads) Elements<X>::unpack(x[level], read[r], value);
+        if (kAlwaysReads || reads) Elements<X>::unpack(x[level], read[r], value);
         if (kErrors) Elements<X>::unpack(target[kErrors ? level : 0], goal[kErrors ? r : 0], wanted);
         if (kAdds) Elements<X>::unpack(arriving[kAdds ? level : 0], add[kAdds ? r : 0], arrived);
         const float of_product = shared.rows[0][row + r], of_sign = shared.rows[1][row + r], of_error = shared.rows[2][row + r];
@@ -176,16 +152,49 @@ struct Gradient {
   KD_DEVICE static void get(const Memory& memory, int64_t at, int left, Words<X>& to) {
     Elements<X>::template get<true, kAligned>(memory, memory.begin + at * Elements<X>::bytes(memory), left, to);
   }
+};
 
-  KD_DEVICE static float number(const Factors& term, const float* packed, int64_t at, float neutral) {
-    return !term.there ? 0.0f : packed != nullptr ? packed[at] : neutral;
-  }
+// An image of a level.
+//   number       among those of the whole pyramid
+//   map, vector  where it begins in packed maps (N, P) and vectors (N, C)
+struct ImageOfLevel {
+  const Place& place;
+  int level;
+  int64_t number, map, vector;
+};
 
-  KD_DEVICE Numbers channel_numbers(const Place& place, int64_t n, int64_t channel) const {
-    const int64_t at = place.vector + n * place.channels + channel;
-    const float of_product = number(product, product.channel, at, 1);
-    return {mean ? of_product / static_cast<float>(place.pixels) : of_product, number(sign, sign.channel, at, 0),
-            number(error, error.channel, at, 1)};
+// The write pass of one launch: the tiles with their numbers.
+//
+// slopes  of_channel<kTerms> and of_pixel<kTerms>: (ImageOfLevel, index in it) -> Numbers
+// parts   a number a block, its sum of squared errors, or null
+// unless  on the device: not 0 if `out` is right already, and is to stay as it is; or null
+template <class X, unsigned kTerms, class Slopes>
+struct Gradient {
+  using Tiles = GradientTiles<X, kTerms>;
+  using Shared = typename Tiles::Shared;
+  // Elements of 16 bits take more registers, as do several of the terms that read.
+  static constexpr int kThreads = Tiles::kThreads;
+  static constexpr int kResident = !Tiles::kErrors ? 3 : !std::is_same_v<X, float> ? 2 : kTerms == kSquares ? 4 : 3;
+
+  Tiles tiles;
+  Slopes slopes;
+  float* parts;
+  const int* unless;
+
+  template <class Me>
+  KD_DEVICE void operator()(Me& me, Shared& shared) const {
+    if (unless != nullptr && *unless != 0) return;
+    const int level = tiles.places.of(me.block());
+    const Place& place = tiles.places.place[level];
+    const int64_t within = me.block() - place.first, n = within / place.blocks;
+    const ImageOfLevel image{place, level, place.index * tiles.places.images + n, place.map + n * place.pixels,
+                             place.vector + n * place.channels};
+    const float squares = tiles.write(
+        me, shared, level, n, within % place.blocks, [&](int64_t c) { return slopes.template of_channel<kTerms>(image, c); },
+        [&](int64_t p) { return slopes.template of_pixel<kTerms>(image, p); });
+    if (!Tiles::kErrors || parts == nullptr) return;
+    const float total = block_sum(me, squares, shared.of_warp, Tiles::kWarps);
+    if (me.index() == 0) parts[me.block()] = total;
   }
 };
 
@@ -212,5 +221,57 @@ struct SumSquares {
     if (me.index() == 0) values[place.index * places.images + n] = 0.5f * total;
   }
 };
+
+// A write pass but for its slopes.
+//   terms     of GradientTerms;   target, arriving: of those that have them
+//   absolute  of the product;     reads: whether a term looks at x
+//   values    (L, N), filled with the sum of error_c * error_p * (x - target)^2 / 2, of which the error's part is the gradient; or null
+//   unless    as in Gradient
+struct WritePass {
+  unsigned terms;
+  const Pyramid *target, *arriving;
+  bool absolute, reads;
+  float* values;
+  const int* unless;
+};
+
+// slopes_of: (places) -> what a launch of these levels takes.
+template <class X, unsigned kTerms, class SlopesOf>
+void write_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const WritePass& wanted, const SlopesOf& slopes_of,
+              const Results& out) {
+  using Tiles = GradientTiles<X, kTerms>;
+  in_launches(x, write_blocks<X>, [&](const Places& places) {
+    Gradient<X, kTerms, decltype(slopes_of(places))> pass{{}, slopes_of(places), nullptr, wanted.unless};
+    pass.tiles.places = places;
+    pass.tiles.absolute = wanted.absolute, pass.tiles.reads = wanted.reads;
+    for (int i = 0; i < places.count; ++i) {
+      const int level = places.place[i].index;
+      pass.tiles.x[i] = memory_of(x[level]);
+      if constexpr (Tiles::kErrors) pass.tiles.target[i] = memory_of((*wanted.target)[level]);
+      if constexpr (Tiles::kAdds) pass.tiles.arriving[i] = memory_of((*wanted.arriving)[level]);
+      pass.tiles.out[i] = memory_of(out[level]);
+    }
+    const Tensor parts = new_floats(like, {wanted.values != nullptr ? places.blocks() : 0});
+    if (wanted.values != nullptr) pass.parts = floats(parts);
+    device.launch(pass, places.blocks());
+    if (wanted.values == nullptr) return;
+    device.launch(SumSquares{places, floats(parts), wanted.values}, places.count * places.images);
+  });
+}
+
+// Calls the first of the kernels that has all of the terms; what else it has is 0, so that it must not read what is not there.
+template <class X, unsigned kTerms, unsigned... kOthers, class SlopesOf>
+void write_by(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, const WritePass& wanted, const SlopesOf& slopes_of,
+              const Results& out) {
+  constexpr unsigned kRead = kSquares | kArriving;
+  if ((wanted.terms & ~kTerms) == 0 && (wanted.terms & kRead) == (kTerms & kRead)) {
+    return write_as<X, kTerms>(device, like, x, wanted, slopes_of, out);
+  }
+  if constexpr (sizeof...(kOthers) > 0) {
+    write_by<X, kOthers...>(device, like, x, wanted, slopes_of, out);
+  } else {
+    STD_TORCH_CHECK(false, "no write pass has the terms ", wanted.terms);
+  }
+}
 
 }  // namespace kd

@@ -33,8 +33,8 @@ class Thread {
   // Wait for the threads of the block.
   __device__ void sync() { __syncthreads(); }
 
-  // What the thread whose lane differs by `mask`, or is `by` less, passes at the same call; all threads of the warp take part. For the first
-  // `by` lanes of `up`: their own.
+  // What the thread whose lane differs by `mask`, or is `by` less, passes at the same call; all threads of the warp take part. For the
+  // first `by` lanes of `up`: their own.
   template <class T>
   __device__ T across(T x, int mask) {
     return __shfl_xor_sync(~0u, x, mask);
@@ -45,28 +45,43 @@ class Thread {
   }
 
   // Counters in global memory that several blocks of a launch go by. What a thread wrote before `add`, and those of its block before a
-  // `sync`, is seen by those that found the sum by `add` or `read`, and by their blocks after one.
+  // `sync`, is seen by those that found the sum by `add` or `wait_for`, and by their blocks after one.
   __device__ int add(int* counter, int x) {
     int before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
     return before;
   }
-  __device__ int read(const int* counter) {
-    int found;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-    return found;
+  // Until the counter is at least `sum`. One fence behind loads that order nothing: one that does empties the L1 cache each time, also of
+  // the other blocks that share it.
+  __device__ void wait_for(const int* counter, int sum) {
+    for (;;) {
+      int found;
+      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+      if (found >= sum) break;
+      __nanosleep(64);
+    }
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   // As `add`, of a number that says nothing about what others wrote.
   __device__ int take(int* counter) { return atomicAdd(counter, 1); }
-  // While another block is waited for.
-  __device__ void pause() { __nanosleep(64); }
 };
+
+// Kernels take what they need as parameters, of which there may be so many bytes from CUDA 12.1 on, and 4096 before.
+constexpr size_t kParameterBytes = 32764;
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident) run(const __grid_constant__ Kernel kernel) {
+  static_assert(sizeof(Kernel) <= kParameterBytes, "more parameters than a kernel can have");
   __shared__ typename Kernel::Shared shared;
   Thread<Kernel::kThreads> me;
   kernel(me, shared);
+}
+
+// Raises for an error, and clears it: torch's own check asks its CUDA runtime, but this library has one to itself, in which the error would
+// be taken for that of a later launch.
+inline void check(cudaError_t found) {
+  if (found != cudaSuccess) static_cast<void>(cudaGetLastError());
+  STD_CUDA_CHECK(found);
 }
 
 // Makes the tensor's device the current one for as long as this lives, and knows its current stream.
@@ -91,7 +106,7 @@ class OnDeviceOf {
   void launch_together(Kernel kernel, int64_t most) const {
     void* arguments[] = {&kernel};
     const int64_t blocks = std::min<int64_t>(most, resident<Kernel>());
-    STD_CUDA_CHECK(cudaLaunchCooperativeKernel(run<Kernel>, blocks_of(blocks), Kernel::kThreads, arguments, 0, stream_));
+    check(cudaLaunchCooperativeKernel(run<Kernel>, blocks_of(blocks), Kernel::kThreads, arguments, 0, stream_));
   }
 
  private:
@@ -106,10 +121,10 @@ class OnDeviceOf {
     constexpr int kDevices = 64;
     static std::atomic<int> known[kDevices];
     int device = 0, processors = 0, each = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
+    check(cudaGetDevice(&device));
     if (device < kDevices && known[device] > 0) return known[device];
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, run<Kernel>, Kernel::kThreads, 0));
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, run<Kernel>, Kernel::kThreads, 0));
     if (device < kDevices) known[device] = processors * each;
     return processors * each;
   }

@@ -5,7 +5,7 @@ namespace kd {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> shared_read(std::vector<Tensor> x, Tensor w, bool absolute, double temperature) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   const Tensor raw = new_floats(x[0], {levels.maps()});
   Reading wanted;

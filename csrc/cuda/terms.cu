@@ -1,8 +1,7 @@
-// `terms` on CUDA: the read pass, and one small launch for all rows; for a gradient a small launch and the write pass.
+// `terms` on CUDA: the read pass, and one small launch for all rows; for a gradient the write pass.
 #include "terms.h"
 
 #include "../include/terms.h"
-#include "gradient.h"
 #include "reduce.h"
 
 namespace kd {
@@ -27,7 +26,7 @@ class Terms : public TermsCall {
   // The same of at most one imitation, and the gradients for upstream gradients of 1: the imitation's values come with these.
   std::vector<Tensor> forward_with_gradient() {
     std::vector<Tensor> results = new_results();
-    Writing wanted;
+    WritePass wanted{};
     wanted.values = imitation_row_of(results[0]);
     const Saved saved = saved_of({results.begin() + 1, results.end()});
     read(saved, nullptr);
@@ -41,7 +40,7 @@ class Terms : public TermsCall {
   // Gradients for the upstream gradients grad (rows, L, N), with `arriving` added, which may be none.
   std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& saved, const std::vector<Tensor>& arriving) {
     const Pyramid added(arriving, arriving.empty() ? nullptr : &s_);
-    Writing wanted;
+    WritePass wanted{};
     wanted.arriving = arriving.empty() ? nullptr : &added;
     Results out(operands_.s, s_);
     write(upstream_of(grad), saved_of(saved), wanted, out);
@@ -52,7 +51,7 @@ class Terms : public TermsCall {
   void correct(const std::vector<Tensor>& gradients, const Tensor& grad, const std::vector<Tensor>& saved) {
     const float* const d = upstream_of(grad);
     const Tensor right = torch::stable::new_empty(grad, {1}, torch::headeronly::ScalarType::Int);
-    Writing wanted;
+    WritePass wanted{};
     wanted.unless = static_cast<const int*>(right.const_data_ptr());
     Results out = Results::again(gradients, s_);
     device_.launch(AllOnes{d, rows() * images_, static_cast<int*>(right.mutable_data_ptr())}, 1);
@@ -62,61 +61,41 @@ class Terms : public TermsCall {
 
  private:
   void read(const Saved& saved, float* error) const {
-    Reading wanted;
-    if (has_map()) {
-      wanted.weights = weights_;
-      wanted.raw = saved.raw;
-      wanted.absolute = options_.absolute;
-    }
-    if (attends()) {
-      wanted.sums = ChannelSums::of_magnitudes;
-      wanted.magnitude = saved.magnitude;
-      wanted.channel = saved.channel_sums;
-    }
-    if (error != nullptr && options_.imitations > 0) {
-      wanted.target = &t_;
-      wanted.error = error;
-      wanted.error_channel = channel_;
-    }
-    if (has_map() || attends() || wanted.error != nullptr) reduce(device_, operands_.s[0], s_, wanted);
+    if (const std::optional<Reading> wanted = reading(saved, error)) reduce(device_, operands_.s[0], s_, *wanted);
   }
 
   // The rows of the map and of the attention and of so many imitations, and all of the state.
   void evaluate(const Tensor& result, const Saved& saved, const float* error, int64_t imitations) const {
-    EvaluateTerms kernel{numbers(saved), error, floats(result)};
     in_launches(s_, [&](const Level&) { return kKinds + imitations; }, [&](const Places& places) {
-      place(kernel.terms, places);
-      device_.launch(kernel, places.blocks());
+      device_.launch(EvaluateTerms{places, numbers(saved, places), error, floats(result)}, places.blocks());
     });
   }
 
   // wanted: what there is besides the terms' own
-  void write(const float* grad, const Saved& saved, Writing wanted, const Results& out) const {
+  void write(const float* grad, const Saved& saved, WritePass wanted, const Results& out) const {
+    if (images_ == 0) return;
     const bool imitates = options_.imitations > 0;
-    // In one tensor, of which a part that is not wanted is empty.
-    const int64_t map = has_map() ? s_.maps() : 0, sign = attends() ? s_.maps() : 0, vector = attends() ? s_.vectors() : 0;
-    const Tensor slopes = new_floats({map + sign + vector + (imitates ? s_.maps() : 0)});
-    TermSlopes kernel{numbers(saved), grad, nullptr, nullptr, nullptr, nullptr, wanted.unless};
-    float* const first = floats(slopes);
-    if (has_map()) kernel.product = first;
-    if (attends()) kernel.sign = first + map, kernel.sign_channel = first + map + sign;
-    if (imitates) kernel.error = first + map + sign + vector;
-    const auto blocks = [&](const Level& level) {
-      return channel_tiles(level.channels, TermSlopes::kThreads, attends()) + ceil_div<int64_t>(level.pixels, TermSlopes::kThreads);
-    };
-    in_launches(s_, blocks, [&](const Places& places) {
-      place(kernel.terms, places);
-      device_.launch(kernel, places.blocks());
-    });
+    wanted.terms = (has_map() ? kProduct : 0u) | (attends() ? kSign : 0u) | (imitates ? kSquares : 0u) |
+                   (wanted.arriving != nullptr ? kArriving : 0u);
     wanted.target = &t_;
-    wanted.product = {weights_, kernel.product, has_map()};
-    wanted.sign = {kernel.sign_channel, kernel.sign, attends()};
-    wanted.error = {channel_, kernel.error, imitates};
     wanted.absolute = options_.absolute;
-    gradient(device_, operands_.s[0], s_, wanted, out);
+    wanted.reads = options_.absolute || attends() || imitates;
+    const auto slopes_of = [&](const Places& places) { return TermSlopes{numbers(saved, places), weights_, channel_, grad}; };
+    by_type({&s_, imitates ? &t_ : nullptr, wanted.arriving}, [&](auto type) {
+      using X = decltype(type);
+      constexpr unsigned kMaps = kProduct | kSign, kWhole = kMaps | kSquares;
+      const Tensor& like = operands_.s[0];
+      // Of mixed types, which are rare, fewer: each of them takes time to compile.
+      if constexpr (std::is_same_v<X, Any>) {
+        write_by<X, kMaps, kWhole, kMaps | kArriving, kWhole | kArriving>(device_, like, s_, wanted, slopes_of, out);
+      } else {
+        write_by<X, kSquares, kMaps, kWhole, kMaps | kArriving, kWhole | kArriving>(device_, like, s_, wanted, slopes_of, out);
+      }
+    });
   }
 
-  TermNumbers numbers(const Saved& saved) const {
+  // Of a launch of these levels.
+  TermNumbers numbers(const Saved& saved, const Places& places) const {
     TermNumbers made{};
     made.options = options_.map;
     if (has_map()) made.raw = saved.raw, made.map_t = map_t_, made.map_spatial = map_spatial_;
@@ -128,17 +107,13 @@ class Terms : public TermsCall {
     made.factors = factors_, made.state = saved.state, made.images = images_;
     for (int64_t row = 0; row < rows(); ++row) made.scales[row] = static_cast<float>(options_.scales[row]);
     made.imitations = static_cast<int>(options_.imitations);
-    return made;
-  }
-
-  void place(TermNumbers& made, const Places& places) const {
-    made.places = places;
     for (int i = 0; i < places.count; ++i) {
       const Place& level = places.place[i];
       made.divisor[i] = divisors_[level.index];
       made.spatial_factor[i] = logit_factor(level.channels, options_.temperature);
       made.channel_factor[i] = logit_factor(level.pixels, options_.temperature);
     }
+    return made;
   }
 
   const OnDeviceOf device_;

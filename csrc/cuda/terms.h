@@ -1,7 +1,7 @@
 // The numbers of `terms`: the rows from what the read pass leaves, and what the write pass multiplies for upstream gradients.
 #pragma once
 
-#include "levels.h"
+#include "gradient.h"
 #include "maps.h"
 #include "sums.h"
 
@@ -23,7 +23,6 @@ constexpr int kKinds = 3;
 //   images               of all levels
 //   divisor, ..._factor  of each level of the launch: of the map's distance, and from sums to the softmaxes' arguments
 struct TermNumbers {
-  Places places;
   MapOptions options;
   const float *raw, *map_t, *map_spatial;
   const float *magnitude, *attention_spatial, *channel_sums, *attention_channel;
@@ -61,17 +60,18 @@ struct EvaluateTerms {
     int64_t image;
   };
 
+  Places places;
   TermNumbers terms;
   const float* error;
   float* rows;
 
   template <class Me>
   KD_DEVICE void operator()(Me& me, Shared& shared) const {
-    const int level = terms.places.of(me.block());
-    const Place& place = terms.places.place[level];
+    const int level = places.of(me.block());
+    const Place& place = places.place[level];
     const int64_t within = me.block() - place.first, n = within / place.blocks;
     const int kind = static_cast<int>(within % place.blocks);
-    const int64_t image = place.index * terms.places.images + n;
+    const int64_t image = place.index * places.images + n;
     const int64_t map = place.map + n * place.pixels, vector = place.vector + n * place.channels;
     float* const state = kind < kKinds ? terms.state_of(kind, image) : nullptr;
     if (state != nullptr && me.index() < STATE) state[me.index()] = 0;
@@ -96,57 +96,44 @@ struct EvaluateTerms {
   }
 };
 
-// Tiles of an image's channels that the attention has slopes at; behind them come those of its pixels.
-KD_BOTH int64_t channel_tiles(int64_t channels, int64_t tile, bool attends) { return attends ? ceil_div(channels, tile) : 0; }
-
-// What the write pass multiplies by channel and by pixel, an element a thread.
+// What the write pass multiplies by channel and by pixel, made by each block for its tile.
 //
-// grad          (rows, L, N), the upstream gradients, null for 1
-// product, ...  packed maps, and for the channels of the attention a vector; null where there is no such term
-// unless        as in `Writing`
+// weights, channel  vectors: of the map, and of the imitations, where null is 1
+// grad              (rows, L, N), the upstream gradients, null for 1
 struct TermSlopes {
-  static constexpr int kThreads = 256, kResident = 4;
-  struct Shared {};
-
   TermNumbers terms;
-  const float* grad;
-  float *product, *sign, *sign_channel, *error;
-  const int* unless;
+  const float *weights, *channel, *grad;
 
-  template <class Me>
-  KD_DEVICE void operator()(Me& me, Shared&) const {
-    if (unless != nullptr && *unless != 0) return;
-    const int level = terms.places.of(me.block());
-    const Place& place = terms.places.place[level];
-    const int64_t within = me.block() - place.first, n = within / place.blocks, tile = within % place.blocks;
-    const int64_t image = place.index * terms.places.images + n;
-    const int64_t of_channels = channel_tiles(place.channels, kThreads, sign_channel != nullptr);
-    if (tile < of_channels) {
-      const int64_t c = tile * kThreads + me.index(), vector = place.vector + n * place.channels;
-      if (c >= place.channels) return;
-      sign_channel[vector + c] =
-          attention_gradient(terms.channel_sums + vector, terms.attention_channel + vector, terms.state_of(2, image),
-                             upstream(2, image), c, place.channels, terms.channel_factor[level]);
-      return;
+  template <unsigned kTerms>
+  KD_DEVICE Numbers of_channel(const ImageOfLevel& image, int64_t c) const {
+    Numbers made{0, 0, 1};
+    if ((kTerms & kProduct) && terms.raw != nullptr) made.product = weights[image.vector + c];
+    if ((kTerms & kSign) && terms.magnitude != nullptr) {
+      made.sign = attention_gradient(terms.channel_sums + image.vector, terms.attention_channel + image.vector,
+                                     terms.state_of(2, image.number), upstream(2, image.number), c, image.place.channels,
+                                     terms.channel_factor[image.level]);
     }
-    const int64_t p = (tile - of_channels) * kThreads + me.index(), map = place.map + n * place.pixels;
-    if (p >= place.pixels) return;
-    if (product != nullptr) {
-      product[map + p] = map_gradient(terms.raw + map, terms.map_t + map, behind(terms.map_spatial, map), terms.state_of(0, image),
-                                      upstream(0, image), p, terms.divisor[level], terms.options);
+    if ((kTerms & kSquares) && channel != nullptr) made.error = channel[image.vector + c];
+    return made;
+  }
+
+  template <unsigned kTerms>
+  KD_DEVICE Numbers of_pixel(const ImageOfLevel& image, int64_t p) const {
+    Numbers made{0, 0, 0};
+    if ((kTerms & kProduct) && terms.raw != nullptr) {
+      made.product = map_gradient(terms.raw + image.map, terms.map_t + image.map, behind(terms.map_spatial, image.map),
+                                  terms.state_of(0, image.number), upstream(0, image.number), p, terms.divisor[image.level], terms.options);
     }
-    if (sign != nullptr) {
-      sign[map + p] = attention_gradient(terms.magnitude + map, terms.attention_spatial + map, terms.state_of(1, image),
-                                         upstream(1, image), p, place.pixels, terms.spatial_factor[level]);
+    if ((kTerms & kSign) && terms.magnitude != nullptr) {
+      made.sign = attention_gradient(terms.magnitude + image.map, terms.attention_spatial + image.map, terms.state_of(1, image.number),
+                                     upstream(1, image.number), p, image.place.pixels, terms.spatial_factor[image.level]);
     }
-    if (error == nullptr) return;
-    float slope = 0;
-    for (int k = 0; k < terms.imitations; ++k) {
+    for (int k = 0; (kTerms & kSquares) && k < terms.imitations; ++k) {
       // The 2 of a square's derivative.
-      const float d = 2.0f * upstream(kKinds + k, image);
-      slope += terms.spatial[k] != nullptr ? d * terms.spatial[k][map + p] : d;
+      const float d = 2.0f * upstream(kKinds + k, image.number);
+      made.error += terms.spatial[k] != nullptr ? d * terms.spatial[k][image.map + p] : d;
     }
-    error[map + p] = slope;
+    return made;
   }
 
  private:

@@ -6,7 +6,7 @@ namespace kd {
 namespace {
 
 Tensor weighted_channel_sum(std::vector<Tensor> x, Tensor w, bool absolute) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   const Tensor raw = new_floats(x[0], {levels.maps()});
   Reading wanted;
@@ -18,7 +18,7 @@ Tensor weighted_channel_sum(std::vector<Tensor> x, Tensor w, bool absolute) {
 }
 
 std::vector<Tensor> weighted_channel_sum_backward(std::vector<Tensor> x, Tensor w, Tensor grad, bool absolute) {
-  const OnDeviceOf device(x.at(0));
+  const OnDeviceOf device(first_of(x));
   const Pyramid levels(x);
   Writing wanted;
   wanted.product = {floats_beside(x[0], w, levels.vectors()), floats_beside(x[0], grad, levels.maps()), true};

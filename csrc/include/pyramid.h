@@ -74,6 +74,12 @@ class Results {
 // An uninitialised fp32 tensor on the CPU. Scratch is made so too: torch then counts it, and poisons it where it is asked to.
 Tensor new_floats(const std::vector<int64_t>& shape);
 
+// The first level. Raises for none.
+inline const Tensor& first_of(const std::vector<Tensor>& levels) {
+  STD_TORCH_CHECK(!levels.empty(), "expected at least one level");
+  return levels[0];
+}
+
 // The elements of a packed tensor. Raises unless it is fp32, contiguous and of `count` elements; null where there is none.
 const float* floats(const Tensor& x, int64_t count);
 inline const float* floats(const std::optional<Tensor>& x, int64_t count) { return x ? floats(*x, count) : nullptr; }

@@ -6,6 +6,7 @@
 
 #include "map_options.h"
 #include "pyramid.h"
+#include "reading.h"
 
 namespace kd {
 
@@ -49,6 +50,8 @@ class TermsCall {
   // Uninitialised: rows (rows, L, N), and what `saved_of` takes.
   std::vector<Tensor> new_results() const;
   Saved saved_of(const std::vector<Tensor>& tensors) const;
+  // What the read pass makes, the imitations' errors unless that is null; none where there is nothing to make.
+  std::optional<Reading> reading(const Saved& saved, float* error) const;
   // The elements of an upstream gradient (rows, L, N).
   const float* upstream_of(const Tensor& grad) const;
   // Where the imitation's row begins, null without one. Raises for several: their values do not come with their gradient.

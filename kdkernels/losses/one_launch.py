@@ -52,7 +52,8 @@ def in_one_launch(
         average=map_loss.average,
         temperature=box_loss.temperature,
     )
-    if backend.refusal("native", "terms_persistent", s, (s, t, gradients_s, gradients_t, [], (), options)):
+    operands = ops.PersistentOperands(s, t, gradients_s, gradients_t, masks=[])
+    if backend.refusal("native", "terms_persistent", s, (operands,)):
         return None
 
     def weighted(name: str, factor: float) -> Factor:
@@ -65,7 +66,7 @@ def in_one_launch(
     with torch.no_grad():
         masks = level_masks(t, given["boxes"], given["image_size"], *drawn)
         factors = [weighted(gkd, map_loss.weight), weighted(bmfi, of_image * box_loss.gamma), weighted(bmfi, of_image * box_loss.alpha)]
-    distance, attention, region = ops.terms_persistent(s, t, gradients_s, gradients_t, masks, factors, options)
+    distance, attention, region = ops.terms_persistent(operands._replace(masks=masks), factors, options)
     made = {gkd: {"map": distance}, bmfi: {"region": region, "attention": attention}}
     return {name: made[name] for name in losses}
 

@@ -7,10 +7,11 @@ from .feature_imitation import feature_imitation
 from .map_distance import map_distance, normalize_map
 from .shared_read import shared_read
 from .terms import terms, terms_vjp
-from .terms_persistent import PersistentOptions, terms_persistent
+from .terms_persistent import PersistentOperands, PersistentOptions, terms_persistent
 from .weighted_channel_sum import weighted_channel_sum
 
 __all__ = [
+    "PersistentOperands",
     "PersistentOptions",
     "attention",
     "box_mask",

@@ -21,6 +21,18 @@ from .terms import flat, gradients_of, layout, terms
 MOST_LEVELS = 8
 
 
+class PersistentOperands(NamedTuple):
+    """s, t: features, gradients_s, gradients_t: gradients of student and teacher, levels (N, C, H, W) of one shape;   masks: (N, H, W) a
+    level, with which the teacher's attention makes the imitation's spatial weights
+    """
+
+    s: list[Tensor]
+    t: list[Tensor]
+    gradients_s: list[Tensor]
+    gradients_t: list[Tensor]
+    masks: list[Tensor]
+
+
 class PersistentOptions(NamedTuple):
     """Of `MapTerm`, with signed channel means as weights of raw features;   temperature: of the attention"""
 
@@ -32,35 +44,18 @@ class PersistentOptions(NamedTuple):
     temperature: float
 
 
-def terms_persistent(
-    s: list[Tensor],
-    t: list[Tensor],
-    gradients_s: list[Tensor],
-    gradients_t: list[Tensor],
-    masks: list[Tensor],
-    factors: Sequence[Factor],
-    options: PersistentOptions,
-) -> list[Tensor]:
+def terms_persistent(operands: PersistentOperands, factors: Sequence[Factor], options: PersistentOptions) -> list[Tensor]:
     """The map's distance, the attention's and the imitation's value, each (L, N) fp32, times their three factors, which are numbers or
     tensors that broadcast to (L, N).
 
-    s, t: features, gradients_s, gradients_t: gradients of student and teacher, levels (N, C, H, W) of one shape;   masks: (N, H, W) a level
-    The teacher's map and attention are made of t and gradients_t; the imitation's spatial weights are masks times that attention. Shapes
-    are the callers' to check.
+    The teacher's map and attention are made of t and gradients_t. Shapes are the callers' to check.
     """
-    return backend.call("terms_persistent", s, s, t, gradients_s, gradients_t, masks, factors, options)
+    return backend.call("terms_persistent", operands.s, operands, factors, options)
 
 
-def by_passes(
-    s: list[Tensor],
-    t: list[Tensor],
-    gradients_s: list[Tensor],
-    gradients_t: list[Tensor],
-    masks: list[Tensor],
-    factors: Sequence[Factor],
-    options: PersistentOptions,
-) -> list[Tensor]:
+def by_passes(operands: PersistentOperands, factors: Sequence[Factor], options: PersistentOptions) -> list[Tensor]:
     """The same from the library's other primitives."""
+    s, t, gradients_s, gradients_t, masks = operands
     with torch.no_grad():
         weights = [channel_mean(gradients, "signed") for gradients in (gradients_s, gradients_t)]
         maps, spatial, channel = shared_read(t, weights[1], "raw", options.rectify, options.temperature)
@@ -117,17 +112,9 @@ class _Persistent(torch.autograd.Function):
         return (*[None] * 5, *gradients_of(ctx, grad), *[None] * (3 * ctx.levels))
 
 
-def fused(
-    name: str,
-    s: list[Tensor],
-    t: list[Tensor],
-    gradients_s: list[Tensor],
-    gradients_t: list[Tensor],
-    masks: list[Tensor],
-    factors: Sequence[Factor],
-    options: PersistentOptions,
-) -> list[Tensor]:
+def fused(name: str, operands: PersistentOperands, factors: Sequence[Factor], options: PersistentOptions) -> list[Tensor]:
     """`terms_persistent` in one launch of backend `name`."""
+    s, t, gradients_s, gradients_t, masks = operands
     # The attention's rows are two, over pixels and over channels.
     of_rows = [factors[0], factors[1], factors[1], factors[2]]
     shape = (len(s), s[0].shape[0])
@@ -158,10 +145,9 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def refuses(
-    s: list[Tensor], t: list[Tensor], gradients_s: list[Tensor], gradients_t: list[Tensor], masks: list[Tensor], *options: Any
-) -> str:
+def refuses(operands: PersistentOperands, factors: Sequence[Factor] = (), *options: Any) -> str:
     """Why one launch cannot serve these; "" when it can."""
+    s, t, gradients_s, gradients_t, masks = operands
     if not on_gpu(s[0]):
         return f"one launch is for a GPU, the tensors are on {s[0].device}"
     if not in_graph(s) or torch.compiler.is_compiling():
@@ -171,7 +157,9 @@ def refuses(
     everything = [x for levels in (s, t, gradients_s, gradients_t) for x in levels]
     if any(x.dtype != s[0].dtype for x in everything):
         return "features and gradients are not all of one type"
-    return backend.refuses_constants([*t, *gradients_s, *gradients_t, *masks], s[0].device, "the teacher's features, gradients or masks")
+    # Factors are constants whatever they come from.
+    constants = [*t, *gradients_s, *gradients_t, *masks, *(f.detach() for f in factors if isinstance(f, Tensor))]
+    return backend.refuses_constants(constants, s[0].device, "the teacher's features, gradients, masks or factors")
 
 
 backend.register("reference", "terms_persistent", by_passes)

@@ -52,13 +52,16 @@ class AnyThread {
     *counter += x;
     return before;
   }
-  int read(const int* counter) { return *counter; }
+  void wait_for(const int* counter, int sum) {
+    while (*counter < sum) pause();
+  }
   int take(int* counter) { return add(counter, 1); }
-  void pause();
 
  private:
   friend class Emulation;
 
+  // Lets others run.
+  void pause();
   // Waits for the threads of a group, by its number.
   void wait(size_t group);
   // What the thread of this lane passes at the same call.

@@ -155,7 +155,7 @@ struct Meeting {
   template <class Me>
   void operator()(Me& me, Shared&) const {
     if (me.index() == 0) me.add(arrived, 1);
-    while (me.read(arrived) < me.blocks()) me.pause();
+    me.wait_for(arrived, static_cast<int>(me.blocks()));
   }
 };
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cuda_support import held_beside
 from emulation import emulated
 from native_support import GRADIENT, VALUE, same_bits
 from operator_samples import checked
@@ -91,7 +93,7 @@ def directly(given: dict[str, Any]) -> tuple[Any, ...]:
     leaves = [x.detach().requires_grad_() for x in given["student_features"]]
     masks = [torch.rand(x.shape[0], *x.shape[2:]) for x in leaves]
     options = ops.PersistentOptions("abs", "l1", 1e-6, "relative", "nhw", 0.5)
-    return (leaves, *(given[name] for name in names), masks, [0.5, 1.0, 2.0], options)
+    return ops.PersistentOperands(leaves, *(given[name] for name in names), masks), [0.5, 1.0, 2.0], options
 
 
 def exact(losses: Losses, given: dict[str, Any], *upstream: float) -> list[Tensor]:
@@ -166,6 +168,21 @@ def test_it_is_one_launch_that_moves_seven_units() -> None:
     # The other two are the boxes' masks.
     assert moved["launches"] == 2
     assert (moved["bytes_read"], moved["bytes_written"]) == (6 * unit, unit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_holds_the_channel_sums_of_one_read_of_each_network_beside_its_results(dtype: torch.dtype) -> None:
+    """A read pass's sums of the tiles, of student and teacher: those of the features lie where those of the gradients were. And the
+    teacher's channel weights, and some numbers a tile."""
+    images, channels, tiles = 2, 64, 2 * 10
+    given = case(dtype, "contiguous", images, ((channels, 32, 40 if dtype == torch.float32 else 80),))
+    pyramids = [given[name] for name in ("student_features", "teacher_features", "student_gradients", "teacher_gradients")]
+    masks = torch.rand(given["student_features"][0][:, 0].numel())
+    arguments = (*pyramids, masks, None, "abs", "l1", 1e-6, True, "nhw", 0.5, [1.0] * 4)
+    with emulated():
+        beside = held_beside(partial(torch.ops.kdkernels_emulated.terms_persistent, *arguments))
+    sums, weights, numbers = 2 * tiles * channels, images * channels, 12 * tiles
+    assert beside < 4 * (sums + weights + numbers), f"{beside / 4 / tiles / channels:.2f} numbers a tile and channel"
 
 
 @pytest.mark.parametrize("broken", ["student_features", "teacher_features", "student_gradients", "teacher_gradients"])
@@ -247,13 +264,25 @@ def test_a_graph_behind_the_teachers_losses_is_left_alone(freed: bool) -> None:
     assert all(same_bits(a, b) for a, b in zip([*values.values(), *(x.grad for x in leaves)], want, strict=True))
 
 
+@pytest.mark.parametrize("factor", [torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0, device="meta")], ids=["float64", "elsewhere"])
+def test_factors_that_are_no_fp32_constants_beside_the_features_are_refused(factor: torch.Tensor) -> None:
+    operands, (_, *others), options = directly(case(torch.float32, "contiguous", *SIZES["odd"]))
+    set_backend("native")
+    with emulated(), pytest.raises(RuntimeError, match="gradients, masks or factors are in float64 or on another device"):
+        ops.terms_persistent(operands, [factor, *others], options)
+    set_backend("auto")
+    with emulated():
+        found = ops.terms_persistent(operands, [1, *others], options)
+    assert all(x.isfinite().all() for x in found)
+
+
 def test_the_primitives_factors_are_constants() -> None:
-    s, *others, options = directly(case(torch.float32, "contiguous", *SIZES["odd"]))
+    operands, _, options = directly(case(torch.float32, "contiguous", *SIZES["odd"]))
     factors = [torch.tensor(2.0, requires_grad=True) for _ in range(3)]
     with emulated():
-        values = ops.terms_persistent(s, *others[:-1], factors, options)
+        values = ops.terms_persistent(operands, factors, options)
         sum(value.sum() for value in values).backward()
-    assert all(factor.grad is None for factor in factors) and all(x.grad is not None for x in s)
+    assert all(factor.grad is None for factor in factors) and all(x.grad is not None for x in operands.s)
 
 
 def test_a_teachers_features_may_require_a_gradient(called: list[str]) -> None:

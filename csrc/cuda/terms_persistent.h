@@ -38,7 +38,7 @@ struct Segment {
 //   map_t, attention_spatial, ...  first the teacher's sums, then what is made of them
 //   mask, region      of the boxes, and with the teacher's attention
 struct PersistentBuffers {
-  float *weights_s, *weights_t, *channel_sums, *attention_channel, *sign_channel;
+  float *weights_s, *weights_t, *channel_sums, *attention_channel;
   float *raw, *magnitude, *map_t, *attention_spatial, *region;
   const float* mask;
 };
@@ -50,7 +50,7 @@ struct Persistent {
   static constexpr int kStatistics = 4, kSums = 7;
   using Once = Reduce<X, kValueSums, true>;
   using Again = Reduce<X, kRaw | kMagnitude | kMagnitudeSums>;
-  using Writer = Gradient<X, kProduct | kSign | kSquares>;
+  using Writer = GradientTiles<X, kProduct | kSign | kSquares>;
   struct Shared {
     union {
       typename Once::Shared once;
@@ -133,9 +133,7 @@ struct Persistent {
   // These numbers are in shared memory, and read again where they are needed, so that they take no registers from the loops.
   template <class Me>
   KD_DEVICE void run(Me& me, Shared& shared) const {
-    if (me.index() == 0) {
-      while (me.read(done_of(shared) + kStages) < static_cast<int>(shared.stage)) me.pause();
-    }
+    if (me.index() == 0) me.wait_for(done_of(shared) + kStages, static_cast<int>(shared.stage));
     me.sync();
     pass(me, shared, shared.stage, shared.level, shared.image, shared.tile);
     me.sync();
@@ -287,11 +285,6 @@ struct Persistent {
     me.sync();
     const float value = attention_distance(me, shared.maps, channel_sums, target, state_of(2, image), place.channels, by);
     if (me.index() == 0) rows[2 * images() + image] = value * factor(2, image);
-    me.sync();
-    for (int64_t c = me.index(); c < place.channels; c += kThreads) {
-      buffers.sign_channel[vector + c] =
-          attention_gradient(channel_sums, target, state_of(2, image), factor(2, image), c, place.channels, by);
-    }
   }
 
   template <class Me>
@@ -346,14 +339,20 @@ struct Persistent {
   template <class Me>
   KD_DEVICE void write(Me& me, Shared& shared, int level, int64_t n, int64_t tile) const {
     const Place& place = place_of(level);
-    const int64_t image = image_of(level, n), map = map_of(level, n);
-    const float mine = gradient.write(me, shared.writer, level, n, tile, [&](int64_t pixel) {
-      const float product =
-          map_gradient(buffers.raw + map, buffers.map_t + map, nullptr, state_of(0, image), factor(0, image), pixel, divisor[level], options);
+    const int64_t image = image_of(level, n), map = map_of(level, n), vector = vector_of(level, n);
+    const auto of_channel = [&](int64_t c) {
+      const float slope = attention_gradient(buffers.channel_sums + vector, buffers.attention_channel + vector, state_of(2, image),
+                                             factor(2, image), c, place.channels, channel_factor[level]);
+      return Numbers{buffers.weights_s[vector + c], slope, buffers.attention_channel[vector + c]};
+    };
+    const auto of_pixel = [&](int64_t p) {
+      const float product = map_gradient(buffers.raw + map, buffers.map_t + map, nullptr, state_of(0, image), factor(0, image), p,
+                                         divisor[level], options);
       const float slope = attention_gradient(buffers.magnitude + map, buffers.attention_spatial + map, state_of(1, image), factor(1, image),
-                                             pixel, place.pixels, spatial_factor[level]);
-      return Numbers{product, slope, 2.0f * factor(3, image) * buffers.region[map + pixel]};
-    });
+                                             p, place.pixels, spatial_factor[level]);
+      return Numbers{product, slope, 2.0f * factor(3, image) * buffers.region[map + p]};
+    };
+    const float mine = gradient.write(me, shared.writer, level, n, tile, of_channel, of_pixel);
     const float total = block_sum(me, mine, shared.of_warp, kWarps);
     if (me.index() == 0) squares_of(level, n)[tile] = total;
   }

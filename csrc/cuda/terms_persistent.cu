@@ -1,5 +1,5 @@
-// `terms_persistent` on CUDA: see persistent.h.
-#include "persistent.h"
+// `terms_persistent` on CUDA: see terms_persistent.h.
+#include "terms_persistent.h"
 
 #include <numeric>
 
@@ -39,7 +39,7 @@ class PersistentCall {
                  const std::vector<Tensor>& gradients_t, const Tensor& mask, const std::optional<Tensor>& factors,
                  const PersistentOptions& options)
       : options_(options),
-        like_(s.at(0)),
+        like_(first_of(s)),
         device_(like_),
         s_(s),
         t_(t, &s_),
@@ -82,29 +82,32 @@ class PersistentCall {
  private:
   template <class X>
   void launch(const std::vector<Tensor>& results) const {
-    const Tensor weights_t = new_floats(like_, {s_.vectors()}), sign_channel = new_floats(like_, {s_.vectors()});
+    const Tensor weights_t = new_floats(like_, {s_.vectors()});
     Persistent<X> pass{};
     pass.options = options_.map;
     pass.rows = floats(results[0]), pass.state = floats(results[4]), pass.factors = factors_;
-    pass.buffers = {floats(results[5]), floats(weights_t),  floats(results[3]), floats(results[8]), floats(sign_channel), floats(results[1]),
+    pass.buffers = {floats(results[5]), floats(weights_t),  floats(results[3]), floats(results[8]), floats(results[1]),
                     floats(results[2]), floats(results[6]), floats(results[7]), floats(results[9]), mask_};
     std::copy(options_.scales.begin(), options_.scales.end(), pass.scales);
 
     const Places places = all_of(s_, read_blocks<X>)[0];
     pass.gradient.places = all_of(s_, write_blocks<X>)[0];
-    std::vector<Tensor> held;
-    set(pass.gradients[0], places, gradients_s_, held);
-    set(pass.gradients[1], places, gradients_t_, held);
-    set(pass.features[0], places, s_, held);
-    set(pass.features[1], places, t_, held);
+    // An image's features are read when the sums of its gradients are done with: what the tiles leave of both has one place.
+    int64_t part[kLevels];
+    const int64_t count = lay_out(places, 1, [&](int i) { return places.place[i].blocks * places.place[i].channels; }, part);
+    const Tensor parts_s = new_floats(like_, {count}), parts_t = new_floats(like_, {count});
+    const auto set = [&](auto& read, const Pyramid& x, const Tensor& parts) {
+      read.places = places;
+      read.parts = floats(parts);
+      for (int i = 0; i < places.count; ++i) read.x[i] = memory_of(x[places.place[i].index]), read.part[i] = part[i];
+    };
+    set(pass.gradients[0], gradients_s_, parts_s), set(pass.gradients[1], gradients_t_, parts_t);
+    set(pass.features[0], s_, parts_s), set(pass.features[1], t_, parts_t);
     pass.features[0].weights = pass.buffers.weights_s, pass.features[1].weights = pass.buffers.weights_t;
     pass.features[0].raw = pass.buffers.raw, pass.features[1].raw = pass.buffers.map_t;
     pass.features[0].magnitude = pass.buffers.magnitude, pass.features[1].magnitude = pass.buffers.attention_spatial;
 
     auto& write = pass.gradient;
-    write.product = {pass.buffers.weights_s, nullptr, true};
-    write.sign = {sign_channel_of(pass), nullptr, true};
-    write.error = {pass.buffers.attention_channel, nullptr, true};
     write.reads = true;
     for (int i = 0; i < places.count; ++i) {
       const int level = places.place[i].index;
@@ -128,20 +131,6 @@ class PersistentCall {
     const Tensor counters = torch::stable::new_zeros(like_, {1 + images_ * (kStages + 1)}, torch::headeronly::ScalarType::Int);
     pass.counters = static_cast<int*>(counters.mutable_data_ptr());
     device_.launch_together(pass, int64_t{pass.round} * pass.rounds);
-  }
-
-  template <class X>
-  static const float* sign_channel_of(const Persistent<X>& pass) {
-    return pass.buffers.sign_channel;
-  }
-
-  template <class Read>
-  void set(Read& read, const Places& places, const Pyramid& x, std::vector<Tensor>& held) const {
-    read.places = places;
-    const auto blocks = [&](int i) { return places.place[i].blocks * places.place[i].channels; };
-    held.push_back(new_floats(like_, {lay_out(places, 1, blocks, read.part)}));
-    read.parts = floats(held.back());
-    for (int i = 0; i < places.count; ++i) read.x[i] = memory_of(x[places.place[i].index]);
   }
 
   // The order of the tiles. Between the first and the second read of an image lie a round's tiles of all other stages: so long may it take
@@ -180,9 +169,11 @@ class PersistentCall {
 };
 
 std::vector<Tensor> terms_persistent(std::vector<Tensor> s, std::vector<Tensor> t, std::vector<Tensor> gradients_s,
-                                     std::vector<Tensor> gradients_t, Tensor mask, std::optional<Tensor> factors, std::string rectify, std::string distance, double eps, bool relative,
-                                     std::string average, double temperature, std::vector<double> scales) {
-  const MapOptions map{rectify_of(rectify), Normalize::minmax, Normalize::minmax, distance_of(distance), static_cast<float>(eps), relative, 1};
+                                     std::vector<Tensor> gradients_t, Tensor mask, std::optional<Tensor> factors, std::string rectify,
+                                     std::string distance, double eps, bool relative, std::string average,
+                                     double temperature, std::vector<double> scales) {
+  const MapOptions map{rectify_of(rectify),      Normalize::minmax, Normalize::minmax, distance_of(distance),
+                       static_cast<float>(eps), relative,          1};
   const PersistentOptions options{map, average, temperature, scales};
   return PersistentCall(s, t, gradients_s, gradients_t, mask, factors, options).run();
 }
