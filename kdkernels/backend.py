@@ -98,17 +98,21 @@ def backend_info() -> dict[str, dict[str, Any]]:
     """What each backend is: {"reference" | "triton" | "native": {"available", "active", "reason", "version", "primitives"}}.
 
     `available`: it can be named. `reason`: why it cannot, "" when it can. `version`: of the software underneath, or None.
-    `active`: the present choice is this one; `auto`: it takes this one for some primitive, with features on the GPU where there is one.
+    `active`: the present choice is this one; `auto`: it takes this one for some primitive, with features on the GPU where there is one,
+    the current one of several.
     `primitives`: those that the present choice takes this backend for, on that device, and why: {"terms": "measured faster: ..."}. `auto`
     may take several for one primitive, by type, layout and size.
+    `libraries`, of native only: {"cpu": "", "cuda": "there is no ..."}, why its library for CPUs, and that for CUDA on that GPU, cannot be
+    used, "" where it can. That for CPUs decides whether native can be named.
 
     Where there is a GPU this starts CUDA, and loads what is compiled for it. Raises ValueError for a malformed table of measurements.
     """
     versions = {"reference": torch.__version__, "triton": _installed("triton"), "native": native.version()}
-    given = _given()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    given = _given(device)
     # Whoever makes up a primitive of others does not serve it.
     idle = {"reference": _unfused() | _by_others()}
-    info = {}
+    info: dict[str, dict[str, Any]] = {}
     for name, version in versions.items():
         reason, primitives = _absent(name), given[name]
         used = name == _choice or (_choice == "auto" and not primitives.keys() <= idle.get(name, set()))
@@ -119,6 +123,8 @@ def backend_info() -> dict[str, dict[str, Any]]:
             "version": version,
             "primitives": primitives,
         }
+    on_gpu = _refuses_device("native", device) if device.type == "cuda" else native.library("cuda").reason
+    info["native"]["libraries"] = {"cpu": native.library("cpu").reason, "cuda": on_gpu}
     return info
 
 
@@ -230,7 +236,7 @@ def refusal(name: str, primitive: str, tensors: Sequence[Tensor], args: Sequence
 def _refuses_device(name: str, device: torch.device) -> str:
     """Why a backend with fused kernels cannot serve tensors on this device; "" when it can."""
     if name == "native":
-        return native.refuses(device.type)
+        return native.refuses(device.type, device.index)
     if not _TRITON_INSTALLED:
         return _absent(name)
     if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
@@ -269,16 +275,13 @@ def _tell_fallback(primitive: str, used: str, refused: Mapping[str, str]) -> Non
     if not refused or torch.compiler.is_compiling() or used in _fallbacks_told:
         return
     _fallbacks_told.add(used)
-    # A library that is there was meant to be used.
-    unfit = any(file is not None and reason and reason == refused.get("native") for file, reason in native.loaded())
-    level = logging.WARNING if unfit else logging.INFO
+    level = logging.WARNING if native.unfit(refused.get("native", "")) else logging.INFO
     why = ", ".join(f"not {name!r}: {reason}" for name, reason in refused.items())
     logger.log(level, "backend auto: using %r for %s, %s", used, primitive, why)
 
 
-def _given() -> dict[str, dict[str, str]]:
-    """Backend -> primitives that the present choice takes it for, and why; on the GPU where there is one."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def _given(device: torch.device) -> dict[str, dict[str, str]]:
+    """Backend -> primitives that the present choice takes it for on this device, and why."""
     given: dict[str, dict[str, str]] = {name: {} for name in _implementations}
     for primitive in _implementations["reference"]:
         for name, why in _why(primitive, device).items():
@@ -293,10 +296,7 @@ def _why(primitive: str, device: torch.device) -> dict[str, str]:
     if primitive in _unfused():
         return {"reference": "not fused"}
     if primitive in _by_others():
-        fits = device.type == "cuda" and _choice in ("auto", "native") and not _refuses_device("native", device)
-        faster = choice.why(primitive, device.index) if fits else {}
-        slower = {"reference": "made of other primitives, as it was not measured as faster"}
-        return {"native": faster["native"]} if "native" in faster else slower
+        return _why_whole(primitive, device)
     if _choice != "auto":
         reason = "" if _choice == "reference" else _refuses_device(_choice, device)
         return {_choice: f"named, but calls raise: {reason}" if reason else "named"}
@@ -307,8 +307,25 @@ def _why(primitive: str, device: torch.device) -> dict[str, str]:
         return {"reference": others} if refused else {_ON_CPU[0]: "the only one with kernels for a CPU"}
     able = [name for name in choice.BACKENDS if name not in refused]
     if not refused:
-        return choice.why(primitive, device.index)
+        return choice.why(primitive, device.index) or {choice.BACKENDS[0]: choice.unmeasured(device.index)}
     return {able[0] if able else "reference": others}
+
+
+def _why_whole(primitive: str, device: torch.device) -> dict[str, str]:
+    """`_why` of a primitive that others make up. A table has the native kernel beside those others, whichever backends do them."""
+    refused = ""
+    if _choice not in ("auto", "native"):
+        refused = f"as {_choice!r} is named"
+    elif device.type != "cuda":
+        refused = "as its kernel is for a GPU, and there is none"
+    elif reason := _refuses_device("native", device):
+        refused = f"not 'native': {reason}"
+    found = {} if refused else choice.why(primitive, device.index, {"triton": "the passes", "native": "one launch"})
+    if not found:
+        return {"reference": f"made of other primitives, {refused or 'as it was not measured as faster'}"}
+    if "triton" in found:
+        found["reference"] = f"made of other primitives: {found.pop('triton')}"
+    return found
 
 
 def _by_others() -> set[str]:

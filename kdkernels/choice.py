@@ -1,7 +1,7 @@
 """Which backend `auto` takes for tensors on a GPU: for every kind of call the one that took the least time, where that was measured.
 
 The tables are those of `kdkernels.tables`, choices/sm_90.json for compute capability 9.0, by primitive, by the dtype and layout of the
-first of the tensors that decide about a call, and by the elements of all of them. `kdkernels bench choose` writes them; an entry is
+first of the tensors that decide about a call, and by their size (`tables.size_of`). `kdkernels bench choose` writes them; an entry is
 
     "terms bf16 contiguous large": {"ms": {"triton": 0.61, "native": 0.58}, ...}
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ def key_of(primitive: str, tensors: Sequence[Tensor]) -> Key:
     """What the entry that decides is about. The type of the first tensor is one of `DTYPES`."""
     x = tensors[0]
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return Key(primitive, DTYPES[x.dtype], LAYOUTS[int(last)], size_of(tensors))
+    return Key(primitive, DTYPES[x.dtype], LAYOUTS[int(last)], size_of(tensors, primitive))
 
 
 @constant
@@ -75,22 +76,34 @@ def ranked(device: int, *key: str) -> tuple[str, ...]:
     return _orders(device).get(key, BACKENDS)
 
 
-def why(primitive: str, device: int) -> dict[str, str]:
-    """Backend -> why `auto` takes it for this primitive on this GPU; several where it depends on type, layout and size."""
+def why(primitive: str, device: int, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Backend -> for which calls of this primitive on this GPU `auto` takes it, and why; {} where nothing was measured of it.
+
+    names: what the backends are to be called, where not by their names
+    """
+    called = {name: name for name in BACKENDS} | dict(names or {})
     chip = tables.capability(device)
     found = {} if chip is None else {key: ms for key, ms in times(chip).items() if key.name == primitive}
     if chip is None or not found:
-        gpu = "its compute capability is unknown" if chip is None else tables.architecture(chip)
-        return {BACKENDS[0]: f"no measurement for this GPU ({gpu}): {BACKENDS[0].capitalize()}"}
-    said = {}
+        return {}
+    said: dict[str, list[str]] = {}
     for name in BACKENDS:
         won = {key: ms for key, ms in found.items() if next(iter(ms)) == name}
         if won:
             # The one that it matters most for.
             key = max(won, key=lambda key: max(won[key].values()) - won[key][name])
-            others = f", and {len(won) - 1} more of {len(found)} kinds of calls" if len(won) > 1 else ""
-            said[name] = f"{_compared(won[key])} ({', '.join((tables.architecture(chip), *key[1:]))}{others})"
-    return said
+            others = f", and {len(won) - 1} more of {len(found)} measured kinds of calls" if len(won) > 1 else ""
+            said[name] = [f"{_compared(won[key], called)} ({', '.join((tables.architecture(chip), *key[1:]))}{others})"]
+    if not {tuple(key[1:]) for key in found}.issuperset(product(DTYPES.values(), LAYOUTS, tables.sizes(primitive))):
+        said.setdefault(BACKENDS[0], []).append("all other kinds of calls, which were not measured")
+    return {name: "; ".join(parts) for name, parts in said.items()}
+
+
+def unmeasured(device: int) -> str:
+    """Why `auto` takes the first of `BACKENDS` where `why` has nothing to say."""
+    chip = tables.capability(device)
+    gpu = "its compute capability is unknown" if chip is None else tables.architecture(chip)
+    return f"no measurement for this GPU ({gpu}): {BACKENDS[0].capitalize()}"
 
 
 def path(chip: tuple[int, int]) -> Path:
@@ -118,11 +131,11 @@ def _orders(device: int) -> Mapping[tuple[str, ...], tuple[str, ...]]:
     return {} if chip is None else {key: tuple(ms) for key, ms in times(chip).items()}
 
 
-def _compared(ms: Mapping[str, float]) -> str:
-    """What was measured of the fastest, against the others."""
+def _compared(ms: Mapping[str, float], called: Mapping[str, str]) -> str:
+    """What was measured of the fastest, against the others, which are called so."""
     (_, least), *others = ms.items()
     verdict = "faster" if least < others[0][1] else "as fast"
-    return f"measured {verdict}: {least:.4g} ms against {' and '.join(f'{value:.4g} ms of {name}' for name, value in others)}"
+    return f"measured {verdict}: {least:.4g} ms against {' and '.join(f'{value:.4g} ms of {called[name]}' for name, value in others)}"
 
 
 def _problem(entry: Any) -> str:

@@ -3,8 +3,8 @@
 What a table may say is looked up without guessing:
 
 - The table is that of exactly this GPU's compute capability, sm_90.json for 9.0. Another chip's is never used.
-- Its entry is that of exactly this kernel or primitive, this dtype, this layout, and the size that the elements of the call's tensors
-  together fall into (`size_of`).
+- Its entry is that of exactly this kernel or primitive, this dtype, this layout, and the size that the call's tensors fall into
+  (`size_of`): by the elements of all of them together, or, for `BY_IMAGE`, by the elements of one image and by the number of images.
 
 A table is a JSON object:
 
@@ -18,7 +18,7 @@ An entry's "run" is the place in "runs" of the one that measured it. What else i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,13 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 LAYOUTS = ("contiguous", "channels_last")
 #: Size -> the elements at which the next one begins.
 SIZES = {"small": 1 << 21, "medium": 1 << 25, "large": None}
+#: Primitives that work on image after image, and read each twice: whether the second read finds it in a cache depends on the image's
+#: elements, and how much of the work overlaps on the number of images.
+BY_IMAGE = frozenset({"terms_persistent"})
+#: Their sizes -> the elements of an image at which the next one begins, less than twice those that are measured; huge ones are not.
+IMAGE_SIZES = {"small": 1 << 20, "medium": 6 << 20, "large": 24 << 20, "huge": None}
+#: What is added to such a size -> the fewest images of which that holds, the most first. A single image has nothing to overlap with.
+COUNTS = {"-x8": 8, "": 2, "-x1": 0}
 
 
 class Key(NamedTuple):
@@ -92,10 +99,22 @@ class Kind:
         return {"schema": self.schema, "capability": list(chip), "runs": [], "entries": {}}
 
 
-def size_of(tensors: Sequence[Tensor]) -> str:
-    """Small, medium or large, by the elements of all tensors."""
+def size_of(tensors: Sequence[Tensor], name: str = "") -> str:
+    """Which of `sizes` a call of this kernel or primitive on these tensors, (N, ...) for `BY_IMAGE`, has."""
     elements = sum([x.numel() for x in tensors])
-    return next(size for size, end in SIZES.items() if end is None or elements < end)
+    if name not in BY_IMAGE:
+        return _at(elements, SIZES)
+    images = tensors[0].shape[0]
+    return _at(elements // max(images, 1), IMAGE_SIZES) + next(count for count, least in COUNTS.items() if images >= least)
+
+
+def sizes(name: str) -> list[str]:
+    """All that a call of this kernel or primitive can have."""
+    return [size + count for count in COUNTS for size in IMAGE_SIZES] if name in BY_IMAGE else list(SIZES)
+
+
+def _at(elements: int, ends: Mapping[str, int | None]) -> str:
+    return next(size for size, end in ends.items() if end is None or elements < end)
 
 
 @cache
@@ -120,7 +139,7 @@ def _wrong_key(name: str, names: Collection[str]) -> str:
     if len(words) != len(Key._fields):
         return f"expected a key of {', '.join(Key._fields)} with a space between them"
     key = Key(*words)
-    kinds = {"dtype": DTYPES.values(), "layout": LAYOUTS, "size": SIZES, **({"name": sorted(names)} if names else {})}
+    kinds = {"dtype": DTYPES.values(), "layout": LAYOUTS, "size": sizes(key.name), **({"name": sorted(names)} if names else {})}
     for field, known in kinds.items():
         if getattr(key, field) not in known:
             return f"{field} must be one of {', '.join(known)}; got {getattr(key, field)!r}"

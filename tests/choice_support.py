@@ -23,8 +23,8 @@ PRIMITIVES = [name for name in backend._implementations["reference"] if name != 
 FUSED = tuple(name for name in PRIMITIVES if name != "terms_persistent")
 UNFUSED = {"normalize_map": "not fused", "terms_persistent": "made of other primitives, as it was not measured as faster"}
 FORMATS = dict(zip(LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
-#: Elements of a level of each size.
-ELEMENTS = {"small": 1 << 10, "medium": 1 << 21, "large": 1 << 25}
+#: Elements of a level of two images of each size.
+ELEMENTS = {"small": 1 << 10, "medium": 1 << 21, "large": 1 << 25, "huge": 1 << 27}
 
 
 def table(entries: Mapping[str, tuple[float, float]], capability: tuple[int, int] = HOPPER) -> str:
@@ -54,9 +54,10 @@ def two_backends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def level(size: str = "small", dtype: torch.dtype = torch.bfloat16, layout: str = "contiguous", *, shape: Sequence[int] = ()) -> Tensor:
-    """A level on a GPU, without memory."""
+    """A level on a GPU, without memory. size: one of `kdkernels.tables.sizes` of any primitive"""
+    of_image, _, images = size.partition("-x")
     with FakeTensorMode():
-        x = torch.empty(shape or (2, 4, 2, ELEMENTS[size] // 16), dtype=dtype, device="cuda:0")
+        x = torch.empty(shape or (int(images or 2), 4, 2, ELEMENTS[of_image] // 16), dtype=dtype, device="cuda:0")
         return x.contiguous(memory_format=FORMATS[layout]) if x.dim() == 4 else x
 
 

@@ -37,7 +37,8 @@ def test_info_says_for_each_backend_whether_it_runs_and_why_not():
     info = kdkernels.backend_info()
     assert list(info) == ["reference", "triton", "native"]
     for name, entry in info.items():
-        assert set(entry) == {"available", "active", "reason", "version", "primitives"}
+        own = {"libraries"} if name == "native" else set()
+        assert set(entry) == {"available", "active", "reason", "version", "primitives"} | own
         assert bool(entry["reason"]) != entry["available"], name
     assert info["reference"]["available"] and info["reference"]["version"] == torch.__version__
     assert active() == [FASTEST]
@@ -52,7 +53,9 @@ def test_a_backend_that_runs_can_be_chosen(name, used):
 
 def test_naming_a_backend_that_cannot_run_gives_the_reason_and_changes_nothing(unbuilt):
     found = {"available": False, "active": False, "reason": UNBUILT.reason, "version": None, "primitives": {}}
-    assert kdkernels.backend_info()["native"] == found
+    told = kdkernels.backend_info()["native"]
+    libraries = told.pop("libraries")
+    assert told == found and libraries["cpu"] == UNBUILT.reason and libraries["cuda"]
     with pytest.raises(RuntimeError, match=f"'native' cannot run: {UNBUILT.reason}"):
         kdkernels.set_backend("native")
     assert active() == ["reference"]

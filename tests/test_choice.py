@@ -17,7 +17,7 @@ from torch import Tensor
 import kdkernels
 from benchmarks.cli import main
 from kdkernels import backend, choice, native
-from kdkernels.tables import DTYPES, LAYOUTS, SIZES, Key
+from kdkernels.tables import DTYPES, LAYOUTS, Key, sizes
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def slower_choices(file: Path) -> list[str]:
 
 def test_auto_never_takes_a_slower_backend_than_a_table_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a table of every kind of call, and on all that this package has: each is sound, of its file's name, and about fused primitives."""
-    keys = [" ".join(words) for words in product(PRIMITIVES, DTYPES.values(), LAYOUTS, SIZES)]
+    keys = [" ".join((name, *words)) for name in PRIMITIVES for words in product(DTYPES.values(), LAYOUTS, sizes(name))]
     made = table({name: (1 + 7 * number % 11, 1 + 5 * number % 13) for number, name in enumerate(keys)})
     (folder / "sm_90.json").write_text(made)
     assert len(keys) == len(PRIMITIVES) * 18 and slower_choices(folder / "sm_90.json") == []
@@ -188,7 +188,7 @@ def test_without_triton_native_serves_and_without_a_library_triton_does(
         monkeypatch.setitem(native._loaded, "cuda", native.Library(None, "it was not built"))
         assert taken(level()) == "triton"
         monkeypatch.setattr(backend, "_fallbacks_told", set())
-        monkeypatch.setitem(native._loaded, "cuda", native.Library(folder, "_C_cuda.so: it is too old"))
+        monkeypatch.setitem(native._loaded, "cuda", native.Library(folder / "_C_cuda.so", "_C_cuda.so: it is too old"))
         assert taken(level()) == "triton"
     told = [(record.levelno, record.getMessage().partition("using ")[2]) for record in caplog.records]
     assert told == [
@@ -319,15 +319,19 @@ def test_a_library_for_cuda_must_have_what_the_other_has(monkeypatch: pytest.Mon
 # torch.compile
 
 
-def test_torch_compile_traces_the_choice(folder: Path, monkeypatch: pytest.MonkeyPatch, unasked: list[str]) -> None:
-    """On a CPU that is taken for a GPU: as one graph, the table read and the library asked for while it is traced."""
+@pytest.mark.parametrize(("architecture", "backends"), [("9.0", ["native", "triton"]), ("8.0", ["triton", "triton"])])
+def test_torch_compile_traces_the_choice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, unasked: list[str], architecture: str, backends: list[str]
+) -> None:
+    """On a CPU that is taken for a GPU: as one graph, the table read and the library asked for, and what it has, while it is traced."""
+    (folder / "_build_info.json").write_text(json.dumps({"cuda": {"architectures": [architecture]}}))
     if native.library("cpu").reason:
         monkeypatch.setitem(native._loaded, "cpu", native.Library(folder, ""))
     entries = {f"channel_mean fp32 contiguous {size}": ms for size, ms in (("small", (2.0, 1.0)), ("medium", (1.0, 2.0)))}
     (folder / "sm_90.json").write_text(table(entries))
-    monkeypatch.setattr(native, "load", lambda kind: unasked.append(kind) or native.Library(None, ""))
+    monkeypatch.setattr(native, "load", lambda kind: unasked.append(kind) or native.Library(folder / "_C_cuda.so", ""))
     monkeypatch.setattr(backend, "_order", choice.order)
-    monkeypatch.setattr(backend, "_refuses_device", lambda name, device: native.refuses("cuda") if name == "native" else "")
+    monkeypatch.setattr(backend, "_refuses_device", lambda name, device: native.refuses("cuda", 0) if name == "native" else "")
     used: list[str] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -339,7 +343,7 @@ def test_torch_compile_traces_the_choice(folder: Path, monkeypatch: pytest.Monke
     for width in (7, 16, 1 << 17):
         compiled(torch.empty(2, 3, 5, width))
     torch._dynamo.reset()
-    assert used == ["native", "triton"] and unasked == ["cuda"]
+    assert used == backends and unasked == ["cuda"]
 
 
 @pytest.mark.gpu

@@ -78,7 +78,9 @@ def info() -> None:
 
 
 def _libraries() -> Iterator[str]:
-    """The compiled libraries: where each is and what it runs on, or why it is not used, and how it was built."""
+    """The compiled libraries: where each is and what it runs on, or why it is not used, on which GPUs not, and how it was built."""
+    import torch
+
     from kdkernels import native
 
     built = native.build_info()
@@ -87,6 +89,9 @@ def _libraries() -> Iterator[str]:
         how = built.get(kind, {})
         runs_on = f"{native.capability()} instructions" if kind == "cpu" and not reason else " ".join(how.get("architectures", ()))
         yield f"{kind}: {reason or f'{file}, for {runs_on}'}"
+        if kind == "cuda" and not reason:
+            refused = {index: native.refuses(kind, index) for index in range(torch.cuda.device_count())}
+            yield from (f"not on cuda:{index}: {why}" for index, why in refused.items() if why)
         if file and how:
             yield f"{kind} was built by {how['compiler']} with {' '.join(how['flags'])}"
     if built.get("torch"):
