@@ -15,6 +15,7 @@ COMMANDS = {
     "report": (".report.run", "tables and plots of results"),
     "speed-of-light": (".report.speed_of_light", "how far everybody is from the time that the ideal bytes take"),
     "scaling": (".scaling", "the cost by number of images and by their size, all sizes in turns"),
+    "traffic": (".traffic", "what the kernels of one call move, as Nsight Compute counts it"),
     "step": (".steps.run", "whole training steps of real detectors"),
     "tune": (".tune.run", "launch parameters of the Triton kernels for the GPU that is there"),
     "choose": (".choose.run", "which backend is fastest for each primitive on the GPU that is there"),

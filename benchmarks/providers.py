@@ -11,7 +11,7 @@ import torch
 
 from kdkernels import backend_info, set_backend
 
-from .registry import Entry, Function
+from .registry import Case, Entry, Function
 
 BASELINES = ("paper", "eager", "compile", "compile-max")
 BACKENDS = ("reference", "triton", "native")
@@ -71,24 +71,30 @@ def providers() -> dict[str, Provider]:
     return found
 
 
-def absent(provider: Provider, device: torch.device) -> str:
-    """Why the provider cannot run on this device; "" when it can."""
-    if provider.backend is not None:
-        info = backend_info()[provider.backend]
-        if provider.backend == "triton" and device.type != "cuda":
-            return str(info["reason"]) or "its kernels would be interpreted, whose time says nothing"
-        if provider.backend == "native" and info["available"]:
-            return _refuses(device)
-        return "" if info["available"] else str(info["reason"])
-    return ""
+def absent(provider: Provider, device: torch.device, entry: Entry | None = None, case: Case | None = None) -> str:
+    """Why the provider cannot run on this device, or, where they are given, not this entry on this case there; "" when it can."""
+    if provider.backend is None:
+        return ""
+    reason = _absent(provider.backend, device)
+    return reason or ("" if entry is None or case is None else entry.absent(provider.backend, case, device))
+
+
+def _absent(backend: str, device: torch.device) -> str:
+    info = backend_info()[backend]
+    if backend == "triton" and device.type != "cuda":
+        return str(info["reason"]) or "its kernels would be interpreted, whose time says nothing"
+    if backend == "native" and info["available"]:
+        return _refuses(device)
+    return "" if info["available"] else str(info["reason"])
 
 
 def _refuses(device: torch.device) -> str:
-    """Why the compiled libraries have no kernels for this device; "" when they have. Loads what is wanted for it."""
+    """Why the compiled libraries have no kernels for a device of this type; "" when they have. Loads what is wanted for it."""
     # Not above: `compare` measures versions of kdkernels that have no such module.
     from kdkernels import native
 
-    return native.library(device.type).reason if device.type in native.KINDS else f"there are no compiled kernels for {device.type}"
+    # Without an index, the current device: earlier versions take none.
+    return native.refuses(device.type)
 
 
 @contextmanager

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .report.cells import extra
+
 Record = Mapping[str, Any]
 
 
 def table(title: str, found: Sequence[Record]) -> str:
     """A line a provider, the fastest first; figures that nobody has here are left out. Who has no time comes last, with the reason."""
     measured = sorted((record for record in found if record["ms"]), key=lambda record: record["ms"]["p50"])
-    columns = {name: cells for name, show in _COLUMNS.items() if any(cells := [show(record) for record in measured])}
+    fastest = measured[0] if measured else {}
+    columns = {name: cells for name, show in _COLUMNS.items() if any(cells := [show(record, fastest) for record in measured])}
     lines = [title]
     if measured:
         names = ["", *(record["provider"] for record in measured)]
@@ -39,15 +42,23 @@ def _error(record: Record) -> str:
     return f"{max(found):.0e}" if found else ""
 
 
-_COLUMNS: dict[str, Callable[[Record], str]] = {
-    "ms": lambda record: _number(record["ms"]["p50"]),
-    "p20..p80": lambda record: _range(record["ms"]),
-    "graph ms": lambda record: _number((record["graph_ms"] or {}).get("p50")),
-    "GB/s": lambda record: _number(record["gb_per_s"]),
-    "% of copy": lambda record: _number(record["percent_of_copy"]),
-    "peak MB": lambda record: _number(record["peak_mb"]),
-    "launches": lambda record: _number(record["launches"]),
-    "host us": lambda record: _number(record["host_us"]),
-    "compile s": lambda record: _number(record["compile_s"]),
-    "error": _error,
+def _times(record: Record, fastest: Record) -> str:
+    """How many times its time; nothing for itself."""
+    return "" if record is fastest else _number(record["ms"]["p50"] / fastest["ms"]["p50"])
+
+
+#: Column -> its text, of a record and of the fastest one.
+_COLUMNS: dict[str, Callable[[Record, Record], str]] = {
+    "ms": lambda record, _: _number(record["ms"]["p50"]),
+    "p20..p80": lambda record, _: _range(record["ms"]),
+    "x fastest": _times,
+    "graph ms": lambda record, _: _number((record["graph_ms"] or {}).get("p50")),
+    "GB/s": lambda record, _: _number(record["gb_per_s"]),
+    "% of copy": lambda record, _: _number(record["percent_of_copy"]),
+    "peak MB": lambda record, _: _number(record["peak_mb"]),
+    "extra, % of a unit": lambda record, _: _number(extra(record)),
+    "launches": lambda record, _: _number(record["launches"]),
+    "host us": lambda record, _: _number(record["host_us"]),
+    "compile s": lambda record, _: _number(record["compile_s"]),
+    "error": lambda record, _: _error(record),
 }

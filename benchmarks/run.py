@@ -182,7 +182,7 @@ def _figures(
     known = providers()
     figures: dict[str, Mapping[str, Any]] = {}
     for name in names:
-        if reason := absent(known[name], device):
+        if reason := absent(known[name], device, job.entry, job.case):
             figures[name] = {"status": "absent", "reason": reason}
     here = [name for name in names if name not in figures]
     try:

@@ -144,7 +144,7 @@ def measure(
     figures: dict[tuple[Case, str], dict[str, Any]] = {}
     here = []
     for name in names:
-        reason = absent(known[name], device)
+        reason = absent(known[name], device, entry, cases[0])
         figures |= {(case, name): {"status": "absent", "reason": reason} for case in cases if reason}
         here += [] if reason else [known[name]]
     sizes = []

@@ -1,15 +1,17 @@
-"""Build, test and measure on a machine with a GPU: `scripts/gpu_suite.sh OUT [--full | --smoke]`.
+"""Build, test and measure on a machine with a GPU: `scripts/gpu_suite.sh OUT [--full | --smoke | --part NAME,NAME,...]`.
 
 Runs every part whatever becomes of the others. The quick form ends within nine minutes; --full measures every entry and takes hours;
---smoke shows, with or without a GPU, that the suite itself works (the tests that need no GPU are collected only). Leaves in OUT:
+--smoke shows, with or without a GPU, that the suite itself works (the tests that need no GPU are collected only). --part runs those of
+`PARTS` that are named, in their order, within nine and a half minutes. Leaves in OUT:
 
-    suite.json                     every part's status and seconds, the machine, the tests that were left out and why
+    suite.json                     every part's status and seconds, the machine, the tests that ran and those that were left out and why
     suite.log                      what the parts printed
     junit-gpu.xml                  the tests marked `gpu`;   junit-gpu-alone.xml: those of them that need the GPU for themselves
     junit-cpu.xml                  the tests of primitives and of the harness
     kernels.jsonl, steps.jsonl     measurements
-    speed-of-light.md              how far they are from the copy bandwidth
-    ncu.csv                        memory traffic by Nsight Compute, where it can run
+    speed-of-light.md              how far they are from the copy bandwidth, and what was predicted of them
+    ncu-*.csv, traffic-*.md        memory traffic by Nsight Compute, where it can run
+    choices-*.json, tables-*.json  copies of the tables that `choose` and `tune` have filled in kdkernels
     codegen.json                   what the compiler makes of the Triton kernels (--full)
 
 What compute-sanitizer finds is in the log. Exit code: 0 when all that is required passed, 1 when not, 2 for wrong usage.
@@ -24,12 +26,18 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from suite_runner import ROOT, Part, Suite, find_tool
 
-SECONDS = {"quick": 535.0, "smoke": 300.0, "full": 24 * 3600.0}
+SECONDS = {"quick": 535.0, "parts": 570.0, "smoke": 300.0, "full": 24 * 3600.0}
+#: In the order in which they run. Those that write tables into kdkernels, or are in what `kernels` measures, run only when they are named.
+PARTS = ("build", "tests", "kernels", "figures", "traffic", "choose", "tune", "sanitizers")
+USUAL = {"quick": ("build", "tests", "kernels", "sanitizers"), "smoke": ("build", "tests", "kernels", "traffic", "sanitizers")}
+USUAL["full"] = USUAL["smoke"]
 #: compute-sanitizer's exit code for what it found in the code, as against being unable to work.
 FOUND = 99
 #: Its tools: accesses out of bounds, hazards in shared memory, reads of what was never written.
@@ -40,6 +48,8 @@ ALONE = ("test_bench_measure.py", "test_choice.py", "test_gpu_large.py", "test_t
 PROCESSES = min(16, os.cpu_count() or 1)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--continue-on-collection-errors"]
 BENCH = [sys.executable, "-m", "benchmarks"]
+#: As in a training step of eight images.
+STEP = ["--case", "fcos", "--batch", "8", "--dtype", "bf16"]
 
 ENVIRONMENT = """
 import json, platform
@@ -90,25 +100,47 @@ def main(argv: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--full", dest="form", action="store_const", const="full", default="quick", help="every entry: hours")
     form.add_argument("--smoke", dest="form", action="store_const", const="smoke", help="shows that the suite works, with or without a GPU")
+    form.add_argument("--part", dest="names", type=named, metavar="NAME", help=f"comma list of {', '.join(PARTS)}")
     arguments = parser.parse_args(argv)
+    names, shape = (arguments.names, "parts") if arguments.names else (USUAL[arguments.form], arguments.form)
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     # A job that a shell started in the background ignores it, and so would the parts, which are ended by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as scratch:
-        suite = Suite(out, Path(scratch), arguments.form, SECONDS[arguments.form])
-        gpu = look_around(suite, arguments.form)
-        for part in native_library(arguments.form, suite.report["environment"].get("capability")):
-            suite.run(part)
-        for part in tests(out, arguments.form, find_tests(suite)):
-            suite.run(part)
-        small = arguments.form == "smoke" or not gpu
-        for part in measurements(out, "smoke" if small else arguments.form, "cuda" if gpu else "cpu"):
-            suite.run(part)
-        # Side by side: they measure nothing, and most of their time is the start of Python under the tool.
-        suite.run(*sanitizers(arguments.form, gpu))
-        suite.run(memory_traffic(out, gpu))
+        suite = Suite(out, Path(scratch), shape, SECONDS[shape])
+        gpu = look_around(suite, shape)
+        capability = suite.report["environment"].get("capability")
+        device, small = "cuda" if gpu else "cpu", shape == "smoke" or not gpu
+        made: dict[str, Callable[[], list[Part]]] = {
+            "build": lambda: native_library(shape, capability),
+            "tests": lambda: tests(out, shape, find_tests(suite)),
+            "kernels": lambda: measurements(out, "smoke" if small else shape, device),
+            "figures": lambda: figures(out, gpu),
+            "traffic": lambda: memory_traffic(out, gpu),
+            "choose": lambda: choices(capability),
+            "tune": lambda: tuning(capability),
+        }
+        for name in made:
+            for part in made[name]() if name in names else ():
+                suite.run(part)
+        if "sanitizers" in names:
+            # Side by side: they measure nothing, and most of their time is the start of Python under the tool.
+            suite.run(*sanitizers(shape, gpu, Path(scratch)))
         return suite.finish()
+
+
+def named(text: str) -> list[str]:
+    """An argparse type: names of parts with commas between them."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    return names
+
+
+def longer(form: str, quick: float) -> float:
+    """Seconds of a part that in the quick form, where all parts have to end in time, has `quick` of them."""
+    return {"full": 1800.0, "parts": 2 * quick}.get(form, quick)
 
 
 def look_around(suite: Suite, form: str) -> bool:
@@ -136,8 +168,7 @@ def native_library(form: str, capability: list[int] | None) -> list[Part]:
     if capability and not no_nvcc:
         here = ".".join(map(str, capability))
         environment = {"KDKERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or here}
-    limit = 110 if form == "quick" else 1800
-    parts = [Part("native library", command, limit, absent=absent, environment=environment)]
+    parts = [Part("native library", command, 1800 if form == "smoke" else longer(form, 110), absent=absent, environment=environment)]
     return [*parts, *([Part("native library's CUDA kernels", [], 0, absent=no_nvcc)] if capability and no_nvcc else [])]
 
 
@@ -175,8 +206,9 @@ def tests(out: Path, form: str, files: list[Path]) -> list[Part]:
 
     def part(name: str, limit: float, chosen: list[Path], junit: str, *options: str) -> Part:
         missing = "" if chosen else "all of them need packages that are not here"
-        command = [*PYTEST, *options, f"--junitxml={out}/{junit}.xml", *map(str, chosen)]
-        return Part(name, command, 1800 if form == "full" else limit, absent=missing)
+        left = out / f"{junit}.xml"
+        command = [*PYTEST, *options, f"--junitxml={left}", *map(str, chosen)]
+        return Part(name, command, longer(form, limit), absent=missing, junit=left)
 
     gpu = whole if absent else [*whole, *kernels]
     parts = [
@@ -193,7 +225,7 @@ def measurements(out: Path, form: str, device: str) -> list[Part]:
     if form == "full":
         runs = [("kernels", ["--full", "--batch", "8", "--channels", "256", "--boxes", "20"], 20 * 3600.0)]
         step, limit = ["--pair", "fcos-r101-r50,fcos-r101-r18,frcnn-r101-r50,frcnn-r101-r18", "--batch", "8", "--amp", "bf16"], 2 * 3600.0
-    elif form == "quick":
+    elif form in ("quick", "parts"):
         # torch.compile needs most of the time: it has its turn with the whole call at the size that is quoted, the others with everything.
         # compile-max, which needs minutes, is for the full form.
         quoted = ["--entry", "gkd_bmfi", "--case", "fcos", "--batch", "8", "--dtype", "bf16", "--mode", "backward,inline"]
@@ -210,13 +242,85 @@ def measurements(out: Path, form: str, device: str) -> list[Part]:
         runs = [("kernels", ["--entry", "feature_imitation", "--provider", "eager,reference", *tiny], 60)]
         step, limit = ["--pair", "fcos-small", "--batch", "1", "--loss", "bmfi", "--provider", "reference", "--rounds", "1"], 60
     code = Part("compiled code", [*BENCH, "codegen", "--output", str(out / "codegen.json")], limit=1800)
-    light = [*BENCH, "speed-of-light", "--input", str(kernels)]
     return [
         *(Part(name, [*BENCH, *options, *on, "--output", str(kernels)], limit, result=kernels.name) for name, options, limit in runs),
-        Part("speed of light", light, limit=10, output="speed-of-light.md"),
+        speed_of_light(kernels),
         Part("training steps", [*BENCH, "step", *step, *on, "--output", str(steps)], limit, result=steps.name),
         *([code] if form == "full" else []),
     ]
+
+
+def speed_of_light(kernels: Path) -> Part:
+    return Part("speed of light", [*BENCH, "speed-of-light", "--input", str(kernels)], limit=10, output="speed-of-light.md")
+
+
+def figures(out: Path, gpu: bool) -> list[Part]:
+    """What docs/cuda.md asks for, at the size that it is asked for; torch.compile, which compiles for minutes, comes last."""
+    kernels, absent = out / "kernels.jsonl", "" if gpu else "there is no GPU"
+    ours, modes = ["--provider", "triton,native"], ["--mode", "backward,inline"]
+    runs = [
+        # One process, as each asks first what an import takes; the one launch last, as what fails on a GPU takes what follows with it.
+        ("kernels", ["--entry", "feature_imitation,gkd_bmfi,terms_persistent", *modes, *STEP, *ours], 130),
+        ("host time at tiny", ["--case", "tiny", *modes, *ours], 40),
+        ("torch.compile", [*modes, *STEP, "--provider", "compile,native"], 75),
+        ("torch.compile with autotuning", [*modes, *STEP, "--provider", "compile-max,native"], 110),
+    ]
+    parts = [
+        Part(f"figures, {name}", [*BENCH, *options, "--output", str(kernels)], limit, absent=absent, result=kernels.name)
+        for name, options, limit in runs
+    ]
+    return [*parts, replace(speed_of_light(kernels), limit=20, absent=absent)]
+
+
+def memory_traffic(out: Path, gpu: bool) -> list[Part]:
+    """The profiler over a call of GKD + BMFI, by passes and in one launch, of the native kernels: what has to fall from 7 units to 5."""
+    program = find_tool("ncu")
+    absent = "" if gpu else "there is no GPU"
+    absent = absent or ("" if program else "ncu is not installed") or without_nvcc()
+    metrics = "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"
+    # The clocks stay as they are: bytes do not depend on them, and to set them takes rights.
+    options = ["--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base", "--metrics", metrics]
+    parts = []
+    for name, entry in (("passes", "gkd_bmfi"), ("one launch", "terms_persistent")):
+        log, call = out / f"ncu-{entry}.csv", [*BENCH, "traffic", "--entry", entry, *STEP]
+        counting = [program or "ncu", *options, "--log-file", str(log), *call]
+        parts += [
+            Part(f"memory traffic, {name}", counting, 60, required=False, absent=absent, found=FOUND),
+            Part(
+                f"memory traffic, table of {name}",
+                [*call, "--input", str(log)],
+                20,
+                required=False,
+                absent=absent,
+                output=f"traffic-{entry}.md",
+                found=FOUND,
+            ),
+        ]
+    return parts
+
+
+def choices(capability: list[int] | None) -> list[Part]:
+    """`kdkernels bench choose` where most depends on it: GKD + BMFI at real sizes, then the other primitives. What is there is kept."""
+    usual = ["--dtype", "bf16,fp32", "--layout", "contiguous"]
+    runs = [
+        ("passes", ["--primitive", "terms,terms_vjp", "--case", "fcos,frcnn", *usual], 240),
+        ("one launch", ["--primitive", "terms_persistent", "--case", "fcos", *usual], 200),
+        ("the others", usual, 480),
+    ]
+    return [filling(f"choice, {name}", ["choose", *options], limit, "choices", capability) for name, options, limit in runs]
+
+
+def tuning(capability: list[int] | None) -> list[Part]:
+    """`kdkernels bench tune` for the sizes of a training step. What is there is kept."""
+    options = ["--dtype", "bf16,fp32", "--layout", "contiguous", "--case", "frcnn,fcos"]
+    return [filling("launch parameters", ["tune", *options], 540, "triton/tables", capability)]
+
+
+def filling(name: str, command: list[str], limit: float, folder: str, capability: list[int] | None) -> Part:
+    """A part that fills the table of the GPU that is there in this folder of kdkernels."""
+    absent = "" if capability else "there is no GPU"
+    table = ROOT / "kdkernels" / folder / f"sm_{''.join(map(str, capability or []))}.json"
+    return Part(name, [*BENCH, *command], limit, absent=absent, result=str(table))
 
 
 def small_tests(backend: str) -> list[str]:
@@ -225,41 +329,27 @@ def small_tests(backend: str) -> list[str]:
     return [*PYTEST, "-m", "gpu", "-k", f"small and {backend}", *files]
 
 
-def sanitizers(form: str, gpu: bool) -> list[Part]:
-    """Every tool of compute-sanitizer over the small tests on each backend; in the quick form on Triton's kernels only the first."""
+def sanitizers(form: str, gpu: bool, scratch: Path) -> list[Part]:
+    """Every tool of compute-sanitizer over the small tests on each backend; unless in the full form, on Triton's kernels only the first.
+
+    They come last and have all the time that is left.
+    """
     program = find_tool("compute-sanitizer")
     absent = "" if gpu else "there is no GPU"
     absent = absent or ("" if program else "compute-sanitizer is not installed")
 
     def part(tool: str, backend: str) -> Part:
-        later = "in the full form only" if form == "quick" and backend == "triton" and tool != "memcheck" else ""
+        later = "in the full form only" if form != "full" and backend == "triton" and tool != "memcheck" else ""
         why = absent or later or (without_nvcc() if backend == "native" else "")
         # What a driver's function returns is no error of a kernel: torch asks for what may be missing.
         options = ["--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
         # In torch's cached blocks no access would be out of bounds, and what an earlier tensor held would pass for written.
         environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [program or "compute-sanitizer", *options, *small_tests(backend)]
-        limit = 1800 if form == "full" else 35
-        return Part(f"{tool}, {backend}", command, limit, absent=why, found=FOUND, environment=environment)
+        junit = scratch / f"{tool}-{backend}.xml"
+        command = [program or "compute-sanitizer", *options, *small_tests(backend), f"--junitxml={junit}"]
+        return Part(f"{tool}, {backend}", command, 1800, absent=why, found=FOUND, junit=junit, environment=environment)
 
     return [part(tool, backend) for backend in ("native", "triton") for tool in SANITIZERS]
-
-
-def memory_traffic(out: Path, gpu: bool) -> Part:
-    """The profiler over the first launches of the small tests of the native kernels, or of Triton's where those cannot be compiled."""
-    program = find_tool("ncu")
-    absent = "" if gpu else "there is no GPU"
-    metrics = "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum"
-    # The clocks stay as they are: bytes do not depend on them, and to set them takes rights.
-    options = ["--csv", "--log-file", str(out / "ncu.csv"), "--metrics", metrics, "--launch-count", "200", "--clock-control", "none"]
-    return Part(
-        "memory traffic",
-        [program or "ncu", *options, *small_tests("triton" if without_nvcc() else "native")],
-        limit=15,
-        required=False,
-        absent=absent or ("" if program else "ncu is not installed"),
-        found=FOUND,
-    )
 
 
 if __name__ == "__main__":

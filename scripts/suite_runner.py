@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds from the interrupt that ends a part to its being killed.
@@ -25,15 +27,19 @@ WORTHWHILE = 5.0
 LOOK = 0.05
 LOG_BYTES = 8 << 20
 FAILURES = ("failed", "timeout")
+#: What is no failure, but leaves something undone that this machine could have done.
+UNDONE = ("cut short", "skipped", "unable")
+#: Patterns of what a suite leaves in OUT, besides its log.
 RESULTS = (
     "suite.json",
-    "junit-gpu.xml",
-    "junit-gpu-alone.xml",
-    "junit-cpu.xml",
+    "junit-*.xml",
     "kernels.jsonl",
     "steps.jsonl",
     "speed-of-light.md",
-    "ncu.csv",
+    "traffic-*.md",
+    "ncu-*.csv",
+    "choices-sm_*.json",
+    "tables-sm_*.json",
     "codegen.json",
 )
 
@@ -46,9 +52,11 @@ class Part:
     required:    the suite fails when it fails
     absent:      why it cannot run here; "" when it can
     output:      file of OUT that gets its stdout; None: the log
-    result:      file of OUT that counts when the time was up: if the part has added to it, it is "cut short", which is no failure
-    found:       the only exit code that is a failure: any other but 0, or no end in time, means that the tool cannot work here;
-                 None: all but 0 are failures
+    result:      file of OUT that counts when the time was up: if the part has added to it, it is "cut short", which is no failure;
+                 of one that lies elsewhere OUT gets a copy, FOLDER-NAME
+    found:       the only exit code that is a failure: any other but 0, no end in time, or no test that ran, means that the tool was
+                 unable to work; None: all but 0 are failures
+    junit:       file in which the command leaves what became of its tests; None: it has none
     environment: variables in addition to the suite's
     """
 
@@ -60,6 +68,7 @@ class Part:
     output: str | None = None
     result: str | None = None
     found: int | None = None
+    junit: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,8 +83,8 @@ class Suite:
         self.start = time.monotonic()
         self.end = self.start + seconds
         # What an earlier suite left must not count as this one's.
-        for old in RESULTS:
-            (out / old).unlink(missing_ok=True)
+        for old in [path for pattern in RESULTS for path in out.glob(pattern)]:
+            old.unlink()
         self.log = (out / "suite.log").open("wb")
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.report: dict[str, Any] = {"schema": 1, "form": form, "started": started, "passed": False, "parts": []}
@@ -116,14 +125,21 @@ class Suite:
                 for one in [one for one in running if one.ended()]:
                     running.remove(one)
                     one.close()
-                    self.record(one.part.name, *one.outcome(), one.seconds, one.part.required)
+                    self.keep(one.part.result)
+                    self.record(one.part.name, *one.outcome(), one.seconds, one.part.required, counted(one.part.junit))
                 time.sleep(LOOK)
 
-    def record(self, name: str, status: str, reason: str, seconds: float, required: bool) -> None:
-        """Add a part to the report. Absent tools and tools that cannot work here are said, not held against the code."""
+    def record(
+        self, name: str, status: str, reason: str, seconds: float, required: bool, tests: Mapping[str, int] | None = None
+    ) -> None:
+        """Add a part to the report. Absent tools and tools that cannot work here are said, not held against the code.
+
+        tests: as `counted`
+        """
         entry = {"name": name, "status": status, "reason": reason, "required": required, "seconds": round(seconds, 1)}
-        self.report["parts"].append(entry)
-        line = f"{name}: {status}{', ' + reason if reason else ''} ({seconds:.0f} s)"
+        self.report["parts"].append({**entry, **({"tests": dict(tests)} if tests else {})})
+        words = [status, *([reason] if reason else []), *([f"{count} {what}" for what, count in tests.items() if count] if tests else [])]
+        line = f"{name}: {', '.join(words)} ({seconds:.0f} s)"
         self.say(f"== {line}")
         print(line, flush=True)
         self._write()
@@ -135,10 +151,12 @@ class Suite:
     def finish(self) -> int:
         """The exit code."""
         bad = [part["name"] for part in self.report["parts"] if part["required"] and part["status"] in FAILURES]
-        self.report["passed"] = not bad
-        self.report["complete"] = not any(part["status"] in ("cut short", "skipped") for part in self.report["parts"])
+        undone = [part["name"] for part in self.report["parts"] if part["status"] in UNDONE]
+        self.report["passed"], self.report["complete"] = not bad, not undone
         self._write()
-        self.say(f"== suite: {'passed' if not bad else 'failed: ' + ', '.join(bad)}")
+        line = f"suite: {'failed: ' + ', '.join(bad) if bad else 'passed'}{'; not complete: ' + ', '.join(undone) if undone else ''}"
+        self.say(f"== {line}")
+        print(line, flush=True)
         self.log.close()
         log = self.out / "suite.log"
         if log.stat().st_size > LOG_BYTES:
@@ -149,6 +167,12 @@ class Suite:
         """Bytes of a file of OUT; 0 where there is none."""
         path = self.out / result if result else None
         return path.stat().st_size if path is not None and path.exists() else 0
+
+    def keep(self, result: str | None) -> None:
+        """A copy in OUT of a result that lies elsewhere."""
+        path = self.out / (result or "")
+        if path.is_file() and not path.is_relative_to(self.out):
+            shutil.copyfile(path, self.out / f"{path.parent.name}-{path.name}")
 
     def _write(self) -> None:
         self.report["seconds"] = round(time.monotonic() - self.start, 1)
@@ -223,10 +247,22 @@ class Running:
                 return "cut short", f"after {self.limit:.0f} s; {part.result} has what was measured until then"
             return "timeout" if part.found is None else "unable", f"after {self.limit:.0f} s"
         if code == 0:
-            return "passed", ""
+            idle = part.found is not None and part.junit is not None and not counted(part.junit).get("ran")
+            return ("unable", "no test ran under it") if idle else ("passed", "")
         if part.found is not None and code != part.found:
-            return "unable", f"exit code {code}: the tool could not work here, see suite.log"
+            return "unable", f"exit code {code}, and nothing found: the tool, or a test under it, does not work here, see suite.log"
         return "failed", f"exit code {code}, see suite.log"
+
+
+def counted(junit: Path | None) -> dict[str, int]:
+    """Tests that ran, those of them that failed, and those that were skipped, by what pytest has left; {} where it has left nothing."""
+    try:
+        suites = list(ElementTree.parse(junit).iter("testsuite")) if junit else []
+    except (OSError, ElementTree.ParseError):
+        return {}
+    found = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
+    failed = found["failures"] + found["errors"]
+    return {"ran": found["tests"] - found["skipped"], "failed": failed, "skipped": found["skipped"]} if suites else {}
 
 
 def find_tool(name: str) -> str | None:

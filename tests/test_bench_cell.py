@@ -241,7 +241,7 @@ def test_compiled_kernels_are_absent_where_their_library_is(reason: str, monkeyp
     assert providers_module.absent(native, cuda) == "no library at all"
     found["native"] = {"available": True, "reason": ""}
     assert providers_module.absent(native, cuda) == reason
-    assert providers_module.absent(native, torch.device("meta")) == "there are no compiled kernels for meta"
+    assert providers_module.absent(native, torch.device("meta")) == "the tensors are on meta, not on the CPU or a CUDA GPU"
 
 
 def test_oracle_leaves_the_provider_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from choice_support import PRIMITIVES, level, taken, two_backends
+from choice_support import PRIMITIVES, level, table, taken, two_backends
 from torch import Tensor
 
 from benchmarks import tables as written
@@ -22,7 +22,8 @@ from benchmarks.measure.samples import samples
 from benchmarks.providers import Provider, providers
 from benchmarks.registry import ENTRIES, Case
 from kdkernels import backend, choice
-from kdkernels.tables import DTYPES, LAYOUTS, SIZES, Key
+from kdkernels.tables import DTYPES, IMAGE_SIZES, LAYOUTS, SIZES, Key, size_of
+from kdkernels.tables import sizes as sizes_of
 
 CPU = torch.device("cpu")
 ONE_LAUNCH = "terms_persistent"
@@ -88,13 +89,53 @@ def test_a_grid_has_every_fused_primitive_and_each_key_once() -> None:
     keys = subjects.grid(tuple(subjects.SUBJECTS), tuple(DTYPES.values()), LAYOUTS, tuple(written.CASES))
     of = {name: [(key, case) for key, case in keys if key.name == name] for name in PRIMITIVES}
     assert {len(found) for name, found in of.items() if name not in ("map_distance", "box_mask", "feature_imitation", ONE_LAUNCH)} == {18}
-    # It takes no fp16, and is held against what the entries before it make of the others.
-    assert len(of[ONE_LAUNCH]) == 12 and [key.name for key, _ in keys[-12:]] == [ONE_LAUNCH] * 12
+    # It takes no fp16, and is held against what the entries before it make of the others; by sizes of an image and numbers of images.
+    assert len(of[ONE_LAUNCH]) == 24 and [key.name for key, _ in keys[-24:]] == [ONE_LAUNCH] * 24
     assert "fp16" not in {case.dtype for _, case in of[ONE_LAUNCH]}
     assert len(dict(keys)) == len(keys)
     # Maps and boxes are fp32 and small, on whatever features: the largest case stands for them.
     ((key, case),) = of["map_distance"]
     assert str(key) == "map_distance fp32 contiguous small" and case.pyramid == "frcnn" and case.batch == 8
+
+
+def test_one_launch_is_decided_by_images_as_large_and_as_many() -> None:
+    """Eight images of FCOS are as many elements as two of a pyramid from P2 on, but one image of the latter is four times the memory."""
+    keys = {case.name: str(key) for key, case in subjects.grid([ONE_LAUNCH], ["bf16"], ["contiguous"], list(written.CASES))}
+    sizes = {name.partition(" C=")[0]: key.rpartition(" ")[2] for name, key in keys.items()}
+    assert sizes == {
+        **{"tiny N=2": "small", "fcos N=2": "medium", "frcnn N=2": "large"},
+        **{"tiny N=8": "small-x8", "fcos N=8": "medium-x8", "frcnn N=8": "large-x8"},
+    }
+    assert {choice.key_of("terms", subjects.SUBJECTS["terms"].tensors(Case(name, 8))).size for name in ("fcos", "frcnn")} == {"large"}
+    for case in written.CASES.values():
+        elements = case.channels * case.pixels
+        (end,) = (end for size, end in IMAGE_SIZES.items() if size == sizes[f"{case.pyramid} N=2"])
+        assert end is not None and elements < end < 2 * elements, "what is measured is little below the end of its size"
+
+
+@pytest.mark.parametrize(
+    ("images", "elements", "size"),
+    [
+        *((images, 1 << 19, size) for images, size in ((0, "small-x1"), (1, "small-x1"), (2, "small"), (7, "small"), (8, "small-x8"))),
+        *((8, elements, f"{size}-x8") for elements, size in ((1 << 20, "medium"), (6 << 20, "large"), (24 << 20, "huge"))),
+        *((9, elements, f"{size}-x8") for elements, size in (((1 << 20) - 8, "small"), ((6 << 20) - 8, "medium"))),
+    ],
+)
+def test_sizes_of_images(images: int, elements: int, size: str) -> None:
+    levels = [torch.empty(images, 8, 1, part // 8, device="meta") for part in (elements - 8, 8)]
+    assert size_of(levels, ONE_LAUNCH) == size and size in sizes_of(ONE_LAUNCH)
+    assert size_of(levels) == size_of(levels, "terms") and size_of(levels) in SIZES
+
+
+def test_what_has_no_entry_of_its_own_goes_by_passes(folder: Path) -> None:
+    """No call of one image, and none of larger images or more of them than were measured for an entry."""
+    (folder / "sm_90.json").write_text(table({f"{ONE_LAUNCH} bf16 contiguous medium-x8": (2.0, 1.0)}))
+    taken_by = {size: choice.order(ONE_LAUNCH, [level(size)])[0] for size in sizes_of(ONE_LAUNCH)}
+    assert [size for size, name in taken_by.items() if name == "native"] == ["medium-x8"] and len(taken_by) == 12
+    (folder / "sm_90.json").write_text(table({"terms bf16 contiguous medium-x8": (2.0, 1.0)}))
+    choice.forget()
+    with pytest.raises(ValueError, match="terms bf16 contiguous medium-x8: size must be one of small, medium, large"):
+        choice.order("terms", [level()])
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES)
@@ -182,7 +223,7 @@ def test_the_one_launch_is_measured_last_against_the_passes_of_the_table_just_wr
     words = ["choose", "--device", "cpu", "--case", "tiny", "--layout", "contiguous", "--dtype", "bf16"]
     assert main([*words, "--primitive", f"{ONE_LAUNCH},terms,channel_mean"]) == 0
     alone = {ONE_LAUNCH: "reference"}
-    assert seen == [("terms", alone, "triton"), ("channel_mean", alone, "native"), (ONE_LAUNCH, {}, "native")]
+    assert seen == [("terms", alone, "triton"), ("channel_mean", alone, "native"), *[(ONE_LAUNCH, {}, "native")] * 2]
     assert backend._assigned == {} and backend.prefers("native", ONE_LAUNCH, [level()])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cli
+from benchmarks import cli, registry
 from benchmarks.compare import statistics
 from benchmarks.compare.process import Worker, WorkerError
 from benchmarks.compare.rounds import Wanted
@@ -68,8 +68,8 @@ def test_closing_a_worker_ends_what_it_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unbuilt, status", [("", "absent"), ("the native library could not be built: boom", "failed")])
 def test_a_library_that_does_not_build_is_a_failure_and_not_an_absence(unbuilt: str, status: str) -> None:
     session = Session.__new__(Session)
-    session._providers, session._absent = providers(), lambda provider, device: "no library"
-    session._device, session._unbuilt = torch.device("cpu"), unbuilt
+    session._providers, session._absent = providers(), lambda *about: "no library"
+    session._device, session._unbuilt, session._registry = torch.device("cpu"), unbuilt, registry
     cell = Wanted("feature_imitation", Case(), "forward", "native").as_dict()
     assert session.answer({"do": "open", "cell": cell, "verify": True}) == {"status": status, "reason": unbuilt or "no library"}
     assert session.answer({"do": "burst", "calls": 1})["status"] == "failed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,10 +15,13 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import run as kernels_run
+from benchmarks import traffic
+from benchmarks.choose import run as choose_run
 from benchmarks.codegen import run as codegen_run
 from benchmarks.registry import ENTRIES
 from benchmarks.report import speed_of_light
 from benchmarks.steps import run as steps_run
+from benchmarks.tune import run as tune_run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -102,10 +106,49 @@ def test_tools_that_are_not_here_or_cannot_work_are_no_failure(suite: Suite) -> 
     suite.run(Part("no GPU", python(""), 20, absent="there is no GPU"))
     suite.run(Part("optional", python("import sys; sys.exit(1)"), 20, required=False))
     assert list(statuses(suite).values()) == ["unable", "unable", "absent", "failed"]
-    assert suite.finish() == 0
+    assert suite.finish() == 0 and not suite.report["complete"]
     suite.log = (suite.out / "suite.log").open("ab")
     suite.run(Part("found something", python("import sys; sys.exit(99)"), 20, found=99))
     assert suite.finish() == 1
+
+
+def test_only_what_is_not_here_leaves_a_suite_complete(suite: Suite) -> None:
+    suite.run(Part("no tool", [], 20, absent="it is not installed", found=99))
+    suite.run(Part("good", python(""), 20))
+    assert suite.finish() == 0 and suite.report["complete"]
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "tests"),
+    [
+        ("def test_one(): pass\ndef test_two(): pass", "passed", {"ran": 2, "failed": 0, "skipped": 0}),
+        ("def test_one(): pass\ndef test_two(): assert False", "unable", {"ran": 2, "failed": 1, "skipped": 0}),
+        ("import pytest\n@pytest.mark.skip\ndef test_one(): pass", "unable", {"ran": 0, "failed": 0, "skipped": 1}),
+        ("", "unable", {"ran": 0, "failed": 0, "skipped": 0}),
+        ("import os; os._exit(0)", "unable", None),
+    ],
+)
+def test_a_tool_has_passed_when_tests_ran_under_it_and_the_report_says_how_many(
+    program: str, status: str, tests: dict[str, int] | None, suite: Suite, tmp_path: Path
+) -> None:
+    file, junit = tmp_path / "test_small.py", tmp_path / "left.xml"
+    file.write_text(program)
+    command = [*gpu_suite.PYTEST, "-c", "/dev/null", str(file), f"--junitxml={junit}"]
+    suite.run(Part("a tool", command, 60, found=99, junit=junit))
+    (part,) = suite.report["parts"]
+    assert (part["status"], part.get("tests")) == (status, tests)
+    assert suite.finish() == 0 and suite.report["complete"] == (status == "passed")
+
+
+def test_tables_that_a_part_fills_elsewhere_are_copied_also_when_its_time_is_up(suite: Suite, tmp_path: Path) -> None:
+    table = tmp_path / "elsewhere" / "choices" / "sm_90.json"
+    table.parent.mkdir(parents=True)
+    suite.out = tmp_path / "out"
+    suite.out.mkdir()
+    writes = f"import pathlib, time; pathlib.Path({str(table)!r}).write_text('{{}}'); time.sleep(60)"
+    suite.run(Part("choice", python(writes), 2, result=str(table)), Part("nothing", python("pass"), 20, result=str(table.with_name("no"))))
+    assert statuses(suite) == {"choice": "cut short", "nothing": "passed"}
+    assert [path.name for path in suite.out.glob("*sm_*")] == ["choices-sm_90.json"]
 
 
 def test_parts_side_by_side_end_each_for_itself(suite: Suite, tmp_path: Path) -> None:
@@ -172,10 +215,37 @@ def test_limits_of_the_quick_form_leave_time_for_every_part(tmp_path: Path, xdis
         *gpu_suite.native_library("quick", [9, 0]),
         *gpu_suite.tests(tmp_path, "quick", FILES),
         *gpu_suite.measurements(tmp_path, "quick", "cuda"),
-        gpu_suite.memory_traffic(tmp_path, True),
     ]
-    together = max(part.limit for part in gpu_suite.sanitizers("quick", True))
-    assert sum(part.limit for part in parts) + together + 60 <= gpu_suite.SECONDS["quick"] < 540
+    # The sanitizers have what is left.
+    assert sum(part.limit for part in parts) + 60 + 50 <= gpu_suite.SECONDS["quick"] < 540
+
+
+def test_what_can_be_named_ends_in_time_or_can_go_on_from_where_it_was(tmp_path: Path, all_tools: None) -> None:
+    together = [
+        ["build", *gpu_suite.native_library("parts", [9, 0])],
+        ["tests", *gpu_suite.tests(tmp_path, "parts", FILES)],
+        ["figures and traffic", *gpu_suite.figures(tmp_path, True), *gpu_suite.memory_traffic(tmp_path, True)],
+        ["tune", *gpu_suite.tuning([9, 0])],
+    ]
+    seconds = {name: sum(part.limit for part in parts) for name, *parts in together}
+    assert all(limit <= gpu_suite.SECONDS["parts"] for limit in seconds.values()) and gpu_suite.SECONDS["parts"] < 590, seconds
+    tables = {Path(part.result or "") for part in (*gpu_suite.choices([9, 0]), *gpu_suite.tuning([9, 0]))}
+    assert tables == {ROOT / "kdkernels" / folder / "sm_90.json" for folder in ("choices", "triton/tables")}
+    assert {part.absent for part in (*gpu_suite.choices(None), *gpu_suite.tuning(None))} == {"there is no GPU"}
+
+
+def test_parts_are_named_and_run_in_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(Suite, "run", lambda suite, *parts: ran.extend(part.name for part in parts))
+    monkeypatch.setattr(Suite, "ask", lambda suite, *arguments, limit: {})
+    assert gpu_suite.main([str(tmp_path), "--part", "sanitizers,choose,figures"]) == 1, "there is no GPU"
+    assert [ran.index(name) for name in ("figures, kernels", "choice, passes", "memcheck, native")] == [0, 5, 8]
+    assert json.loads((tmp_path / "suite.json").read_text())["form"] == "parts"
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite.main([str(tmp_path), "--part", "choice"])
+    assert f"choose from {', '.join(gpu_suite.PARTS)}" in capsys.readouterr().err
 
 
 def test_the_library_is_compiled_for_the_gpu_that_is_there(all_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +265,8 @@ def test_a_gpu_without_nvcc_gets_the_library_for_the_cpu_and_a_reason(no_tools: 
 
 
 @pytest.mark.parametrize("form", ["quick", "full"])
-def test_each_sanitizer_checks_the_small_tests_of_each_backend_or_says_why_not(form: str, all_tools: None) -> None:
-    parts = {part.name: part for part in gpu_suite.sanitizers(form, True)}
+def test_each_sanitizer_checks_the_small_tests_of_each_backend_or_says_why_not(form: str, all_tools: None, tmp_path: Path) -> None:
+    parts = {part.name: part for part in gpu_suite.sanitizers(form, True, tmp_path)}
     assert list(parts) == [f"{tool}, {backend}" for backend in ("native", "triton") for tool in ("memcheck", "racecheck", "initcheck")]
     left_out = {name for name, part in parts.items() if part.absent}
     assert left_out == ({"racecheck, triton", "initcheck, triton"} if form == "quick" else set())
@@ -206,16 +276,17 @@ def test_each_sanitizer_checks_the_small_tests_of_each_backend_or_says_why_not(f
         words = part.command
         assert words[0] == "/tools/compute-sanitizer" and words[words.index("--tool") + 1] == tool
         assert int(words[words.index("--error-exitcode") + 1]) == part.found == gpu_suite.FOUND
-        assert words[-4:-2] == ["-k", f"small and {backend}"]
+        assert words[words.index("-k") + 1] == f"small and {backend}"
+        assert words[-1] == f"--junitxml={part.junit}" and part.junit not in [other.junit for other in parts.values() if other is not part]
         # Blocks that torch keeps would hide both from them; shared memory is not torch's.
         assert part.environment == ({} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def test_what_a_sanitizer_lacks_is_said(no_tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {part.absent for part in gpu_suite.sanitizers("full", False)} == {"there is no GPU"}
-    assert {part.absent for part in gpu_suite.sanitizers("full", True)} == {"compute-sanitizer is not installed"}
+def test_what_a_sanitizer_lacks_is_said(no_tools: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert {part.absent for part in gpu_suite.sanitizers("full", False, tmp_path)} == {"there is no GPU"}
+    assert {part.absent for part in gpu_suite.sanitizers("full", True, tmp_path)} == {"compute-sanitizer is not installed"}
     monkeypatch.setattr(gpu_suite, "find_tool", lambda name: None if name == "nvcc" else name)
-    reasons = {part.name: part.absent for part in gpu_suite.sanitizers("full", True)}
+    reasons = {part.name: part.absent for part in gpu_suite.sanitizers("full", True, tmp_path)}
     assert "nvcc" in reasons["racecheck, native"] and not reasons["racecheck, triton"]
 
 
@@ -236,7 +307,7 @@ def test_every_file_with_gpu_tests_is_run_once_or_said_to_be_left_out(form: str,
     run = [Path(word).name for part in parts for word in part.command if word.endswith(".py")]
     kernels = {path.name for path in FILES if path.name.startswith(("test_triton_", "test_kernels_"))} | {"test_shared_read.py"}
     alone = {"test_bench_measure.py", "test_choice.py", "test_gpu_large.py", "test_tune.py"}
-    others = {"test_gpu.py", "test_gpu_kernels.py", "test_bench_gate.py", *alone}
+    others = {"test_gpu.py", "test_gpu_kernels.py", "test_bench_gate.py", "test_choice_library.py", *alone}
     left_out = form == "quick" and not xdist
     assert sorted(run) == sorted(others if left_out else others | kernels)
     assert {Path(word).name for word in parts[1].command if word.endswith(".py")} == alone
@@ -246,17 +317,23 @@ def test_every_file_with_gpu_tests_is_run_once_or_said_to_be_left_out(form: str,
 
 @pytest.mark.parametrize("form", ["quick", "full", "smoke"])
 def test_the_benchmarks_know_every_option_that_they_are_given(form: str, tmp_path: Path) -> None:
-    modules = {"step": steps_run, "speed-of-light": speed_of_light, "codegen": codegen_run}
-    for part in gpu_suite.measurements(tmp_path, form, "cuda"):
-        assert part.command[:3] == gpu_suite.BENCH
-        words = part.command[3:]
+    modules = {
+        **{"step": steps_run, "speed-of-light": speed_of_light, "codegen": codegen_run},
+        **{"traffic": traffic, "choose": choose_run, "tune": tune_run},
+    }
+    named = [*gpu_suite.figures(tmp_path, True), *gpu_suite.memory_traffic(tmp_path, True)]
+    named += [*gpu_suite.choices([9, 0]), *gpu_suite.tuning([9, 0])]
+    for part in (*gpu_suite.measurements(tmp_path, form, "cuda"), *named):
+        words = part.command[next(k for k in range(len(part.command)) if part.command[k : k + 3] == gpu_suite.BENCH) + 3 :]
         parser = argparse.ArgumentParser(exit_on_error=False)
         modules.get(words[0], kernels_run).add_arguments(parser)
         parser.parse_args(words[1:] if words[0] in modules else words)
 
 
 def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp_path: Path) -> None:
-    """As on a GPU machine: no kdkernels on the path but the checkout's, no hypothesis, typer, rich ..., no git."""
+    """As on a GPU machine: no kdkernels on the path but the checkout's, no hypothesis, typer, rich ..., no git. Of a copy, as it builds."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "emulator", "runs"))
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     for name in ("hypothesis", "typer", "rich", "yaml", "pycocotools", "accelerate", "matplotlib"):
@@ -266,7 +343,7 @@ def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp
     environment = {**os.environ, "PATH": f"{hidden}:/usr/bin:/bin", "PYTHONPATH": str(hidden), "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis' own, which is still installed
     out = tmp_path / "out"
-    command = ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), str(out), "--smoke"]
+    command = ["bash", str(checkout / "scripts" / "gpu_suite.sh"), str(out), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     report = json.loads((out / "suite.json").read_text())
     log = (out / "suite.log").read_text()
@@ -275,7 +352,7 @@ def test_the_suite_runs_through_with_the_bare_packages_and_nothing_installed(tmp
     found = {part["name"]: part["status"] for part in report["parts"]}
     assert found["environment"] == found["GPU tests"] == found["kernels"] == found["training steps"] == "passed"
     assert found["native library"] in ("passed", "absent")
-    assert {status for name, status in found.items() if "check, " in name or name == "memory traffic"} == {"absent"}
+    assert {status for name, status in found.items() if "check, " in name or name.startswith("memory traffic")} == {"absent"}
     assert report["tests_left_out"]["test_box_mask.py"] == "needs hypothesis"
     assert "test_gpu.py" not in report["tests_left_out"]
     assert "test_box_mask.py left out: needs hypothesis" in log

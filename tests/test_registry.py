@@ -15,7 +15,7 @@ from torch import Tensor
 import kdkernels.losses
 import kdkernels.ops
 from benchmarks.call import Sample, bind, sample
-from benchmarks.providers import providers, reference_of
+from benchmarks.providers import absent, providers, reference_of
 from benchmarks.registry import ENTRIES, LAYOUTS, Case, Entry, Inputs, case, flat, published, settle, vectorised
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_own_call_in_float32_and_inline_is_the_oracle(name: str, backend: str) -
             assert float((a.double() - b).norm()) <= 2e-5 * float(b.norm())
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in ("bmfi", "gkd_bmfi_separate")])  # in others
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in ("bmfi", "gkd_bmfi_separate", "terms_persistent")])  # in others
 def test_eager_compiles_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(case.PYRAMIDS, "held-out", ((75, 106), (8,)))
     entry, mode = ENTRIES[name], "forward" if ENTRIES[name].differentiable is None else "backward"
@@ -151,7 +151,7 @@ def test_masks_in_several_rounds_are_the_same() -> None:
 def test_every_primitive_and_every_loss_has_an_entry() -> None:
     primitives = {module.name for module in pkgutil.iter_modules(kdkernels.ops.__path__)}
     # Passes that several primitives share: what they cost is measured in the methods.
-    shared = {"shared_read", "terms", "terms_persistent"}
+    shared = {"shared_read", "terms"}
     assert {name for name, entry in ENTRIES.items() if entry.kind == "primitive"} == primitives - shared
     public = {name for name in kdkernels.losses.__all__ if isinstance(x := getattr(kdkernels.losses, name), type) and _is_loss(x)}
     used = {type(loss).__name__ for e in ENTRIES.values() if e.losses for loss in e.losses().values()}
@@ -188,9 +188,26 @@ def test_units_are_the_contracts() -> None:
         "aid_bmfi": {"forward": 2, "backward": 5, "backward_scaled": 5, "inline": 6},
         "gkd_bmfi": {"forward": 4, "backward": 7, "backward_scaled": 9, "inline": 8},
         "gkd_bmfi_separate": {"forward": 6, "backward": 13, "backward_scaled": 13},
+        "terms_persistent": {"backward": 5},
     }
     separate = {mode: ENTRIES["gkd"].units[mode] + ENTRIES["bmfi"].units[mode] for mode in ("forward", "backward", "backward_scaled")}
     assert ENTRIES["gkd_bmfi_separate"].units == {mode: n + (0 if mode == "forward" else 3) for mode, n in separate.items()}
+
+
+def test_one_launch_is_measured_where_there_is_one_and_moves_two_units_less() -> None:
+    whole, one = ENTRIES["gkd_bmfi"], ENTRIES["terms_persistent"]
+    # Both features a second time.
+    assert whole.units["backward"] - one.units["backward"] == 2
+    given = ready(one, HELD_OUT, "backward")
+    assert all(torch.equal(a, b) for a, b in zip(oracle(one, given, "backward"), oracle(whole, given, "backward"), strict=True))
+    cuda, chosen = torch.device("cuda"), providers()
+    assert [one.absent(name, Case(dtype=dtype), cuda) for name in ("triton", "native") for dtype in ("bf16", "fp32", "fp16")] == [
+        *("", "", ""),
+        *("", "", "fp16 goes by passes"),
+    ]
+    assert one.absent("native", Case(), CPU) == "one launch is for a GPU"
+    assert absent(chosen["reference"], CPU, one, Case()) == absent(chosen["eager"], CPU, one, Case()) == ""
+    assert absent(chosen["native"], CPU, one, Case()) == (absent(chosen["native"], CPU) or "one launch is for a GPU")
 
 
 def test_ideal_bytes_by_hand() -> None:

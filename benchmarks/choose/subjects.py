@@ -51,6 +51,8 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 #: The one launch, where it is the fastest; elsewhere other primitives do its work.
 MADE_OF_OTHERS = "terms_persistent"
+#: Numbers of images that primitives are measured on whose size counts them (`kdkernels.tables.BY_IMAGE`).
+IMAGES = (2, 8)
 #: Those that only methods call are timed in the whole of GKD + BMFI, where the other primitives' backends are always the same.
 SUBJECTS: Mapping[str, Subject] = {
     "attention": Subject("attention", "backward", _pyramid),
@@ -78,11 +80,14 @@ def grid(primitives: Sequence[str], dtypes: Sequence[str], layouts: Sequence[str
 
     The one launch comes last: it is measured against the best that the others' entries make of its work.
     """
+    from kdkernels.tables import BY_IMAGE
+
     found = {}
     for primitive, name, dtype, layout in product(sorted(primitives, key=MADE_OF_OTHERS.__eq__), cases, dtypes, layouts):
         # One launch does not take it: both would be the same passes.
         if primitive == MADE_OF_OTHERS and dtype == "fp16":
             continue
-        case = replace(CASES[name], dtype=dtype, layout=layout)
-        found[key(primitive, case)] = case
+        for images in IMAGES if primitive in BY_IMAGE else (CASES[name].batch,):
+            case = replace(CASES[name], batch=images, dtype=dtype, layout=layout)
+            found[key(primitive, case)] = case
     return list(found.items())

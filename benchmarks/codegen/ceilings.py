@@ -7,9 +7,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
-#: Kernel -> registers a thread. Above 128 fewer than two programs of 256 threads fit beside each other's; `OTHERS` is that of the rest.
-REGISTERS: dict[str, int] = {}
-OTHERS = 128
+#: Of a thread: with more, fewer than two programs of 256 threads fit beside each other's.
+REGISTERS = 128
 #: Operator or method -> versions of all its kernels together that one type and layout may compile, over all batches and image sizes, for
 #: which none may be compiled besides.
 VARIANTS: dict[str, int] = {"gkd": 6, "bmfi": 10, "aid_bmfi": 10, "gkd_bmfi": 12, "gkd_imitation": 11}
@@ -41,7 +40,6 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel(kernel: Record) -> Iterator[str]:
-    most = REGISTERS.get(kernel["kernel"], OTHERS)
     counts = {
         "bytes of spilled registers": kernel["local"],
         "instructions in fp64": kernel["fp64"],
@@ -50,8 +48,8 @@ def _kernel(kernel: Record) -> Iterator[str]:
         "axes of the grid besides x": kernel["axes"],
     }
     yield from (f"{name(kernel)}: {count} {what}" for what, count in counts.items() if count)
-    if kernel["registers"] > most:
-        yield f"{name(kernel)}: {kernel['registers']} registers a thread, more than {most}"
+    if kernel["registers"] > REGISTERS:
+        yield f"{name(kernel)}: {kernel['registers']} registers a thread, more than {REGISTERS}"
     for way in ("loads", "stores"):
         # Of small inputs the assembler may leave out lanes that nobody uses.
         if kernel["dtype"] and _wide(kernel["machine"][way]) < _wide(kernel["text"][way]):

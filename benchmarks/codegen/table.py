@@ -9,7 +9,7 @@ from typing import Any
 
 from kdkernels.report.tables import Table, to_markdown
 
-from .ceilings import COLD_SECONDS, OTHER_VARIANTS, OTHERS, REGISTERS, VARIANTS, WIDE, cold_seconds, words
+from .ceilings import COLD_SECONDS, OTHER_VARIANTS, REGISTERS, VARIANTS, WIDE, cold_seconds, words
 
 Record = dict[str, Any]
 COLUMNS = [
@@ -54,7 +54,7 @@ def page(results: Mapping[str, Any]) -> str:
         "last program of every level: counted is what these can reach, with the levels' H x W in front where they differ. An access that "
         "is reached may still be masked off; one that is not reached is never made. That the assembler has kept the wide ones is told by "
         "their number in the machine code.\n"
-        f"- Checked: no local memory, no fp64, no atomics, at most {OTHERS} registers{exceptions(REGISTERS)}; in `gradient` loads and "
+        f"- Checked: no local memory, no fp64, no atomics, at most {REGISTERS} registers; in `gradient` loads and "
         f"stores of {WIDE} bytes on every level whose image is a multiple of them; in `reduce` loads of {WIDE} bytes on every level whose "
         f"rows (H x W, channels_last C) are; versions over all sizes at most {OTHER_VARIANTS}{exceptions(VARIANTS)}; at most "
         f"{COLD_SECONDS:g} s to compile all kernels of a call.\n",

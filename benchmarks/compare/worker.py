@@ -83,17 +83,17 @@ class Session:
             return {"status": "failed", "reason": said(error)}
 
     def _open(self, wanted: dict[str, Any], verify: bool) -> Answer:
-        provider = self._providers[wanted["provider"]]
-        why = self._absent(provider, self._device)
+        provider, case = self._providers[wanted["provider"]], self._registry.Case(**wanted["case"])
+        entry = self._registry.ENTRIES.get(wanted["entry"])
+        why = self._absent(provider, self._device, entry, case)
         if why:
             # A library that has sources and does not build is not absent on purpose.
             failed = self._unbuilt and provider.backend == "native"
             return {"status": "failed", "reason": self._unbuilt} if failed else {"status": "absent", "reason": why}
-        entry = self._registry.ENTRIES.get(wanted["entry"])
         if entry is None:
             unusable = self._registry.UNUSABLE
             return {"status": "failed", "reason": unusable.get(wanted["entry"]) or "; ".join(unusable.values()) or "no such entry"}
-        cell = self._make(entry, self._registry.Case(**wanted["case"]), wanted["mode"], self._device, self._seed)
+        cell = self._make(entry, case, wanted["mode"], self._device, self._seed)
         reason = cell.admit(provider).reason
         if not reason and verify and provider.name != "eager":
             # The gate's oracle is this version's own reference; whether that is still right, the benchmark's eager form tells.

@@ -52,6 +52,7 @@ class Entry:
     differentiable: name of the argument, a list of tensors, that the gradient goes to; None where there is no gradient
     losses:         of a method: makes the losses it consists of, for the inline mode and for whole training steps
     tolerances:     dtype -> Tolerance
+    absent:         (backend of kdkernels, case, device) -> why that backend has no call of its own for this entry there, "" where it has
     settle:         moves random inputs, in place, off the points where this entry's gradient jumps (see `settle.py`), so that the
                     tolerances hold without exceptions; `inputs` has done it, whoever fills inputs anew does it again
     """
@@ -67,6 +68,7 @@ class Entry:
     differentiable: str | None = None
     losses: Callable[[], dict[str, DistillationLoss]] | None = None
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
+    absent: Callable[[str, Case, torch.device], str] = lambda backend, case, device: ""
     settle: Callable[[Inputs], None] = lambda inputs: None
 
     @property

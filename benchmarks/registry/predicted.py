@@ -78,6 +78,7 @@ def _always(*forward: Launch, backward: tuple[Launch, ...] = ()) -> Callable[[Ca
     return lambda case, mode: Passes(forward, backward)
 
 
+_GKD_BMFI = partial(_terms, before=(*_MEAN, *_ATTENTION, _MASK, *_MEAN))
 #: Entry -> its passes at a case, in a mode.
 PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
     "channel_mean": _always(*_MEAN),
@@ -92,8 +93,10 @@ PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
     "gkd_imitation": partial(_terms, before=(*_MEAN, _READ), reads=False),
     "bmfi": partial(_terms, before=(*_ATTENTION, _MASK)),
     "aid_bmfi": partial(_terms, before=(*_ATTENTION, _MASK)),
-    "gkd_bmfi": partial(_terms, before=(*_MEAN, *_ATTENTION, _MASK, *_MEAN)),
+    "gkd_bmfi": _GKD_BMFI,
     "gkd_bmfi_separate": _separate,
+    # Triton has no one launch.
+    "terms_persistent": _GKD_BMFI,
 }
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..ceilings import OTHERS, WIDE
+from ..ceilings import REGISTERS, WIDE
 from .names import arguments
 
 Record = dict[str, Any]
 
-#: Kernel, without template arguments -> registers a thread; `OTHERS` is that of the rest.
-REGISTERS: dict[str, int] = {}
 #: Chips for which stack and local memory are held against 0; what other chips have of them is in the table.
 WITHOUT_SPILLS = (80, 90)
 #: Template arguments of the kernels that stream pyramids: an element's type, or that of mixed ones.
@@ -23,10 +21,6 @@ WRITERS = frozenset({"Gradient", "Persistent"})
 def broken(results: Mapping[str, Any]) -> list[str]:
     """A sentence for every ceiling that the results exceed."""
     return [f"{kernel['kernel']}, sm_{kernel['capability']}: {problem}" for kernel in results["kernels"] for problem in _kernel(kernel)]
-
-
-def most_registers(kernel: Record) -> int:
-    return REGISTERS.get(family(kernel), OTHERS)
 
 
 def family(kernel: Record) -> str:
@@ -53,13 +47,12 @@ def _kernel(kernel: Record) -> Iterator[str]:
         "atomic instructions on values": kernel["atomics"],
     }
     yield from (f"{count} {what}" for what, count in counts.items() if count)
-    if kernel["registers"] > most_registers(kernel):
-        yield f"{kernel['registers']} registers a thread, more than {most_registers(kernel)}"
+    if kernel["registers"] > REGISTERS:
+        yield f"{kernel['registers']} registers a thread, more than {REGISTERS}"
     if not kernel["threads"]:
         yield "no launch bounds, or a function that was not inlined"
     elif not kernel["blocks"]:
         yield "a block does not fit a multiprocessor"
     for way in streams(kernel):
-        # The copy engine's are wider.
-        if not kernel["bulk"] and not any(int(width) >= WIDE for width in kernel[way]):
+        if not any(int(width) >= WIDE for width in kernel[way]):
             yield f"no {way} of {WIDE} bytes"

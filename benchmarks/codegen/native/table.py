@@ -8,9 +8,9 @@ from typing import Any
 
 from kdkernels.report.tables import Table, to_markdown
 
-from ..ceilings import OTHERS, WIDE
-from ..table import chips, exceptions, side_by_side, widths
-from .ceilings import REGISTERS, WITHOUT_SPILLS, WRITERS
+from ..ceilings import REGISTERS, WIDE
+from ..table import chips, side_by_side, widths
+from .ceilings import WITHOUT_SPILLS, WRITERS
 
 Record = dict[str, Any]
 #: Column -> what stands there of one kernel on one chip.
@@ -60,7 +60,7 @@ def page(results: Mapping[str, Any]) -> str:
         "are of maps, vectors and single elements at the ends of rows.\n"
         "- counters: atomic additions to whole numbers, by which blocks take turns; values never go through atomics.\n"
         f"- Checked: no stack and no spills for {_chips(WITHOUT_SPILLS)}; for all chips no fp64, no atomics but on counters, at most "
-        f"{OTHERS} registers{exceptions(REGISTERS)}; in kernels of an element's type loads of {WIDE} bytes or bulk copies, in "
+        f"{REGISTERS} registers; in kernels of an element's type loads of {WIDE} bytes, in "
         f"{_named(WRITERS)} stores too.\n",
         to_markdown(table(results)),
     ]
