@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from toolchain import needs_compiler, needs_nvcc
+from toolchain import find_nvcc, needs_compiler, needs_nvcc
 
 from kdkernels import __version__
 
@@ -224,6 +224,16 @@ def test_the_library_wants_nothing_of_torch_but_its_stable_abi(native_wheel: Pat
     assert any(name.startswith("aoti_torch_") for name in wanted)
     assert not any(name.startswith("Py") for name in wanted)
     assert [name for name in wanted if not is_stable(name)] == []
+
+
+def test_an_nvcc_that_is_required_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the tests that need it are left out, which a job that installed it would not show."""
+    monkeypatch.setattr("toolchain.shutil.which", lambda *_, **__: None)
+    monkeypatch.delenv("KDKERNELS_REQUIRE_NVCC", raising=False)
+    assert find_nvcc() is None
+    monkeypatch.setenv("KDKERNELS_REQUIRE_NVCC", "1")
+    with pytest.raises(RuntimeError, match="KDKERNELS_REQUIRE_NVCC is set, but there is no nvcc"):
+        find_nvcc()
 
 
 def cuobjdump() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -83,21 +84,34 @@ def test_attentions_of_the_same_features_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(alone, read[1:], strict=True))
 
 
-REFUSED: dict[str, Any] = {
-    "attention": {"no level": ([], 0.5), "three dimensions": ([torch.ones(3, 4, 5)], 0.5), "float64": ([S[0].double()], 0.5)},
-    "attention_backward": {
-        "no level": ([], MAPS, VECTORS, MAPS, VECTORS, 0.5),
-        "spatial": (S, MAPS[:3], VECTORS, MAPS, VECTORS, 0.5),
-        "channel": (S, MAPS, VECTORS[:3], MAPS, VECTORS, 0.5),
-        "grad_spatial": (S, MAPS, VECTORS, MAPS[::2], VECTORS, 0.5),
-        "grad_channel": (S, MAPS, VECTORS, MAPS, VECTORS.double(), 0.5),
+#: Operator -> case -> arguments, and what is said of them.
+REFUSED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "attention": {
+        "three dimensions": (([torch.ones(3, 4, 5)], 0.5), r"level 0: expected \(N, C, H, W\)"),
+        "float64": (([S[0].double()], 0.5), "takes float32, float16 and bfloat16; got Double"),
     },
-    "shared_read": {"no level": ([], VECTORS, False, 0.5), "weights": (S, torch.ones(7), False, 0.5)},
+    "attention_backward": {
+        "spatial": ((S, MAPS[:3], VECTORS, MAPS, VECTORS, 0.5), "expected 40 contiguous float32 elements"),
+        "channel": ((S, MAPS, VECTORS[:3], MAPS, VECTORS, 0.5), "expected 6 contiguous float32 elements"),
+        "grad_spatial": ((S, MAPS, VECTORS, MAPS[::2], VECTORS, 0.5), "expected 40 contiguous float32 elements"),
+        "grad_channel": ((S, MAPS, VECTORS, MAPS, VECTORS.double(), 0.5), "expected 6 contiguous float32 elements"),
+    },
+    "shared_read": {"weights": ((S, torch.ones(7), False, 0.5), "expected 6 contiguous float32 elements")},
 }
+NO_LEVEL = {"attention": ([], 0.5), "attention_backward": ([], MAPS, VECTORS, MAPS, VECTORS, 0.5), "shared_read": ([], VECTORS, False, 0.5)}
 
 
 @pytest.mark.parametrize("name, case", [(name, case) for name, cases in REFUSED.items() for case in cases])
 def test_the_operators_refuse_what_does_not_fit(name, case):
-    with pytest.raises((RuntimeError, IndexError)) as raised:
-        getattr(torch.ops.kdkernels_emulated, name)(*REFUSED[name][case])
-    assert raised.value
+    arguments, words = REFUSED[name][case]
+    with pytest.raises(RuntimeError, match=words) as raised:
+        getattr(torch.ops.kdkernels_emulated, name)(*arguments)
+    assert re.search(r"\.(cpp|cu|h):\d+, ", str(raised.value)), "it names no line of the sources"
+
+
+@pytest.mark.parametrize("name", NO_LEVEL)
+def test_the_operators_refuse_a_pyramid_without_levels(name, emulator):
+    emulator.reset_counts()
+    with pytest.raises((RuntimeError, IndexError), match="at least one level|no tensor arguments|range_check"):
+        getattr(torch.ops.kdkernels_emulated, name)(*NO_LEVEL[name])
+    assert emulator.counts()["launches"] == 0

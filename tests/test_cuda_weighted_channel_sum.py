@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from toolchain import needs_compiler
 pytestmark = needs_compiler
 S = [torch.ones(2, 3, 4, 5)]
 MAPS, VECTORS = torch.ones(2 * 20), torch.ones(2 * 3)
+FORWARD, BACKWARD = "weighted_channel_sum", "weighted_channel_sum_backward"
 
 
 @pytest.fixture(autouse=True)
@@ -75,22 +77,29 @@ def test_the_features_are_read_once_and_only_where_the_gradient_needs_them(emula
     assert moved("weighted_channel_sum_backward", x, w, grad, False) == (0, unit, 1)
 
 
-REFUSED: dict[str, Any] = {
-    "no level": ("weighted_channel_sum", [], VECTORS, False),
-    "levels of different N": ("weighted_channel_sum", [*S, torch.ones(3, 3, 4, 5)], VECTORS, False),
-    "an empty level": ("weighted_channel_sum", [torch.ones(2, 3, 0, 5)], VECTORS, False),
-    "too few weights": ("weighted_channel_sum", S, torch.ones(1), False),
-    "weights of another type": ("weighted_channel_sum", S, VECTORS.double(), False),
-    "weights with gaps": ("weighted_channel_sum", S, torch.ones(12)[::2], False),
-    "no level of the backward": ("weighted_channel_sum_backward", [], VECTORS, MAPS, False),
-    "too few weights of the backward": ("weighted_channel_sum_backward", S, torch.ones(1), MAPS, False),
-    "too small a gradient": ("weighted_channel_sum_backward", S, VECTORS, torch.ones(1), False),
+#: Case -> operator, arguments, and what is said of them.
+REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "levels of different N": (FORWARD, ([*S, torch.ones(3, 3, 4, 5)], VECTORS, False), r"level 1: expected \(N, C, H, W\), one N for all"),
+    "an empty level": (FORWARD, ([torch.ones(2, 3, 0, 5)], VECTORS, False), "level 0: .* no empty level"),
+    "too few weights": (FORWARD, (S, torch.ones(1), False), "expected 6 contiguous float32 elements"),
+    "weights of another type": (FORWARD, (S, VECTORS.double(), False), "expected 6 contiguous float32 elements"),
+    "weights with gaps": (FORWARD, (S, torch.ones(12)[::2], False), "expected 6 contiguous float32 elements"),
+    "too few weights of the backward": (BACKWARD, (S, torch.ones(1), MAPS, False), "expected 6 contiguous float32 elements"),
+    "too small a gradient": (BACKWARD, (S, VECTORS, torch.ones(1), False), "expected 40 contiguous float32 elements"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_operators_refuse_what_does_not_fit(case):
-    name, *arguments = REFUSED[case]
-    with pytest.raises((RuntimeError, IndexError)) as raised:
+    name, arguments, words = REFUSED[case]
+    with pytest.raises(RuntimeError, match=words) as raised:
         getattr(torch.ops.kdkernels_emulated, name)(*arguments)
-    assert raised.value
+    assert re.search(r"\.(cpp|cu|h):\d+, ", str(raised.value)), "it names no line of the sources"
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(FORWARD, ([], VECTORS, False)), (BACKWARD, ([], VECTORS, MAPS, False))])
+def test_the_operators_refuse_a_pyramid_without_levels(name, arguments, emulator):
+    emulator.reset_counts()
+    with pytest.raises((RuntimeError, IndexError), match="at least one level|no tensor arguments|range_check"):
+        getattr(torch.ops.kdkernels_emulated, name)(*arguments)
+    assert emulator.counts()["launches"] == 0

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import all_kernels
 import pytest
 import torch
 from gpu_support import BACKENDS, DEVICE, captured, moved, without_waiting
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.call import bind, sample
 from benchmarks.measure.gate import gate
-from benchmarks.providers import providers, reference_of
-from benchmarks.registry import ENTRIES, Case, flat
+from benchmarks.providers import Provider, providers, reference_of
+from benchmarks.registry import ENTRIES, Case, Entry, flat
 from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, functional, set_backend
 from kdkernels.reference.box_mask import box_mask as reference
 
@@ -29,8 +30,14 @@ def losses() -> FusedLoss:
     return FusedLoss({"gkd": GKDLoss(), "bmfi": BMFILoss(alpha=0.5, gamma=0.3, lambda_=0.2), "aid": AIDLoss(BMFILoss())})
 
 
+def losses_of(way: str) -> FusedLoss:
+    """What is called this way: the one launch takes two losses, and of BMFI two terms."""
+    two = FusedLoss({"gkd": GKDLoss(), "aid": AIDLoss(BMFILoss(alpha=0.5, gamma=0.3))})
+    return two if way == all_kernels.ONE_LAUNCH else losses()
+
+
 def inputs(dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> dict[str, Any]:
-    """Arguments of `losses()` on the CPU; the gradients have the size that a detector's have."""
+    """Arguments of all losses on the CPU; the gradients have the size that a detector's have."""
     names = ("student_features", "teacher_features", "student_gradients", "teacher_gradients")
     found: dict[str, Any] = {
         name: [(torch.randn(shape) * (1e-2 if "gradients" in name else 1)).to(dtype).to(memory_format=layout) for shape in SHAPES]
@@ -40,10 +47,10 @@ def inputs(dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_fo
     return {**found, "boxes": boxes, "image_size": IMAGE_SIZE, "teacher_losses": torch.tensor([[0.4, 2.0]])}
 
 
-def evaluate(given: dict[str, Any], d: float = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
+def evaluate(loss: FusedLoss, given: dict[str, Any], d: float = 1.0) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Values, and the gradients of d times their sum."""
     leaves = [x.detach().requires_grad_() for x in given["student_features"]]
-    values = losses()(**{**given, "student_features": leaves})
+    values = loss(**{**given, "student_features": leaves})
     gradients = torch.autograd.grad(list(values.values()), leaves, [value.new_full((), d) for value in values.values()])
     return {name: value.detach() for name, value in values.items()}, list(gradients)
 
@@ -58,10 +65,14 @@ def restore() -> Iterator[None]:
     set_backend("auto")
 
 
-@pytest.fixture(params=["reference", *BACKENDS])
-def backend(request: pytest.FixtureRequest) -> str:
-    set_backend(request.param)
-    return request.param
+@pytest.fixture(params=["reference", *all_kernels.WAYS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with all_kernels.chosen(request.param):
+        yield request.param
+
+
+#: What is no explicit call of GKD and BMFI.
+by_passes = pytest.mark.parametrize("backend", ["reference", *BACKENDS], indirect=True)
 
 
 @pytest.fixture
@@ -77,14 +88,14 @@ def exact_convolutions() -> Iterator[None]:
 def test_small_call_agrees_with_float64_on_the_cpu(chosen: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     given, tolerance = inputs(dtype, layout), TOLERANCES[dtype]
     # On the CPU, and in float64 anywhere, "auto" is the reference; kernels that are named refuse that.
-    want_values, want_gradients = evaluate(moved(given, "cpu", torch.float64))
+    want_values, want_gradients = evaluate(losses(), moved(given, "cpu", torch.float64))
     set_backend(chosen)
     if chosen != "auto" and dtype == torch.float64:
         with pytest.raises(RuntimeError, match="it does not take float64"):
-            evaluate(moved(given, DEVICE))
+            evaluate(losses(), moved(given, DEVICE))
         return
     for d in (1.0, 1024.0):
-        values, gradients = evaluate(moved(given, DEVICE), d)
+        values, gradients = evaluate(losses(), moved(given, DEVICE), d)
         for name, value in values.items():
             assert value.device.type == DEVICE
             assert error(value, want_values[name]) < min(tolerance, 2e-5), name
@@ -106,22 +117,35 @@ def test_small_call_agrees_with_float64_on_the_cpu(chosen: str, dtype: torch.dty
 )
 @pytest.mark.parametrize("provider", ["reference", "eager", *BACKENDS])
 def test_providers_pass_the_gate_of_the_benchmarks(provider: str, name: str, mode: str, dtype: str) -> None:
-    entry, device, generator = ENTRIES[name], torch.device(DEVICE), torch.Generator().manual_seed(0)
-    given = entry.inputs(Case("tiny", batch=2, channels=16, boxes=5, dtype=dtype), generator, device)
-    shapes = [value.shape for value in flat(reference_of(entry)(**given))]
     chosen = providers()[provider]
     with chosen.active():
-        call = bind(entry, chosen.function(entry), mode, own=chosen.backend is not None)
-        assert gate(entry, mode, dtype, call, sample(entry, given, mode, shapes, generator), device).reason == ""
+        assert rejected(chosen, ENTRIES[name], mode, dtype) == ""
+
+
+@pytest.mark.parametrize("mode", [mode for mode in ENTRIES["gkd_bmfi"].modes if mode.startswith("backward")])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", [all_kernels.in_one_launch], indirect=True)
+def test_the_one_launch_passes_the_gate_of_the_benchmarks(dtype: str, mode: str, backend: str) -> None:
+    assert rejected(providers()["native"], ENTRIES["gkd_bmfi"], mode, dtype) == ""
+
+
+def rejected(provider: Provider, entry: Entry, mode: str, dtype: str) -> str:
+    """Why the gate does not admit the provider, which is active."""
+    device, generator = torch.device(DEVICE), torch.Generator().manual_seed(0)
+    given = entry.inputs(Case("tiny", batch=2, channels=16, boxes=5, dtype=dtype), generator, device)
+    shapes = [value.shape for value in flat(reference_of(entry)(**given))]
+    call = bind(entry, provider.function(entry), mode, own=provider.backend is not None)
+    return gate(entry, mode, dtype, call, sample(entry, given, mode, shapes, generator), device).reason
 
 
 def test_results_are_the_same_bit_for_bit_from_run_to_run(backend: str) -> None:
     given = moved(inputs(torch.float32), DEVICE)
-    first, second = evaluate(given), evaluate(given)
+    first, second = (evaluate(losses_of(backend), given) for _ in range(2))
     assert all(torch.equal(a, second[0][name]) for name, a in first[0].items())
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@by_passes
 @pytest.mark.parametrize("kind", ["binary", "assigned", "area", "gaussian", "exponential", "background"])
 def test_box_masks_are_those_of_the_cpu(kind: str, backend: str) -> None:
     corners = torch.rand(4, 50, 2) * torch.tensor([1344.0, 800.0])
@@ -137,22 +161,22 @@ def test_box_masks_are_those_of_the_cpu(kind: str, backend: str) -> None:
             assert torch.equal(a.cpu(), b)
 
 
-def results(given: dict[str, Any]) -> list[Tensor]:
-    values, gradients = evaluate(given)
+def results(loss: FusedLoss, given: dict[str, Any]) -> list[Tensor]:
+    values, gradients = evaluate(loss, given)
     return [*values.values(), *gradients]
 
 
 def test_nothing_waits_for_the_gpu(backend: str) -> None:
-    given = moved(inputs(torch.bfloat16), DEVICE)
-    assert all(x.isfinite().all() for x in without_waiting(lambda: results(given)))
+    loss, given = losses_of(backend), moved(inputs(torch.bfloat16), DEVICE)
+    assert all(x.isfinite().all() for x in without_waiting(lambda: results(loss, given)))
 
 
 def test_a_cuda_graph_replays_forward_and_backward_on_new_contents(backend: str) -> None:
-    given = moved(inputs(torch.float32), DEVICE)
-    graph, replayed = captured(lambda: results(given))
+    loss, given = losses_of(backend), moved(inputs(torch.float32), DEVICE)
+    graph, replayed = captured(lambda: results(loss, given))
     for level in given["student_features"]:
         level.copy_(torch.randn(level.shape))
-    wanted = results(given)
+    wanted = results(loss, given)
     graph.replay()
     assert all(error(got, want.double().cpu()) < 1e-6 for got, want in zip(replayed, wanted, strict=True))
 
@@ -171,6 +195,7 @@ def detectors() -> tuple[torch.nn.Module, torch.nn.Module, Any]:
     return detector("fcos", 0).to(DEVICE), detector("fcos", 1).to(DEVICE), (moved(images, DEVICE), [moved(t, DEVICE) for t in targets])
 
 
+@by_passes
 def test_inline_gives_the_parameters_the_gradients_of_explicit(backend: str, exact_convolutions: None) -> None:
     student, teacher, shown = detectors()
     found = {}
@@ -186,6 +211,7 @@ def test_inline_gives_the_parameters_the_gradients_of_explicit(backend: str, exa
     assert error(bare, found["explicit"]) > 1e-2, "distillation makes no difference here, so the comparison says nothing"
 
 
+@by_passes
 @pytest.mark.parametrize("mode", ["inline", "explicit"])
 def test_mixed_precision_steps_are_taken_or_skipped_as_a_whole(mode: str, backend: str) -> None:
     student, teacher, shown = detectors()

@@ -60,6 +60,14 @@ def test_other_temperatures(backend, device, temperature):
     assert results[0].std() > 0
 
 
+@on_gpu_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_maps_and_vectors_of_many_blocks(backend, device, layout):
+    """More pixels than two blocks of a map take, beside more channels than a block has threads."""
+    results = check(backend, pyramid([(1, 2, 1, 16385), (1, 600, 1, 2)], layout=layout, device=device))
+    assert all(x.isfinite().all() for x in results)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_maps_and_vectors_of_many_blocks_of_triton(device, steps):

@@ -175,6 +175,13 @@ def test_many_boxes(kind, backend, device):
     assert bool(mask.any())
 
 
+@on_gpu_kernels
+@pytest.mark.parametrize("kind", ["gaussian", "background"])
+def test_more_tiles_than_cells_in_one(kind, backend, device):
+    (mask,) = _check(backend, cases.box_tensors(), device, sizes=[(23, 1301)], kind=kind)
+    assert bool(mask.any())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_tiles_of_triton_than_cells_in_one(device):
     """Its launch parameters make the tiles."""

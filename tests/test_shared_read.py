@@ -75,13 +75,13 @@ def test_empty_and_no_images():
         ({"rectify": "sigmoid"}, "rectify"),
         ({"w": [torch.zeros(2, 20)]}, "w has 1 levels, x has 3"),
         ({"w": [torch.zeros(2, 20), torch.zeros(2, 4), torch.zeros(2, 1)]}, r"w, level 1: got shape \(2, 4\), wanted \(2, 3\)"),
-        ({"x": torch.zeros(2, 3, 4, 4)}, None),
+        ({"x": torch.zeros(2, 3, 4, 4)}, "x must be a list"),
     ],
 )
 def test_wrong_arguments_are_refused(changes, words):
-    with pytest.raises(TypeError if words is None else ValueError, match=words) as raised:
+    with pytest.raises((TypeError, ValueError), match=words) as raised:
         shared_read(**{"x": pyramid(SHAPES), "w": weights(), **changes})
-    assert str(raised.value)
+    assert raised.type is (TypeError if "must be a list" in words else ValueError)
 
 
 @on_gpu_kernels
