@@ -6,8 +6,9 @@ BUILT = kdkernels/_build_info.json
 
 .PHONY: test test-torches sanitize demo lint native clean
 
+# A file at a time on every core, up to eight.
 test: $(BUILT)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 # The library as it is built here, on another torch.
 test-torches: $(BUILT)
