@@ -9,12 +9,9 @@ from types import ModuleType
 
 import native_support
 import pytest
-import torch
 from emulation import emulated
 from native_support import same_bits
 from torch import Tensor
-
-from benchmarks.measure.memory import peak_bytes
 
 #: Orders of threads and blocks: as they are numbered, backwards, and two random ones.
 ORDERS = (0, 1, 2, 3)
@@ -30,14 +27,6 @@ def in_any_order(run: Callable[[], Sequence[Tensor]], orders: Sequence[int] = OR
     for seed, other in zip(orders[1:], others, strict=True):
         assert all(same_bits(a, b) for a, b in zip(first, other, strict=True)), f"order {seed}: other bits than order {orders[0]}"
     return first
-
-
-def held_beside(call: Callable[[], Sequence[Tensor] | None]) -> int:
-    """The most bytes that a call holds at a time besides its results."""
-    results = sum(x.nbytes for x in call() or ())
-    peak = peak_bytes(torch.device("cpu"), call)
-    assert peak is not None, "the profiler sees allocations on a CPU"
-    return peak - results
 
 
 @contextmanager

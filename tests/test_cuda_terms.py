@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_support import held_beside, in_any_order
+from cuda_support import in_any_order
 from emulation import emulated
 from fused_support import GRAINS, INF, NAN, SMALL, called, evaluated, of_one_graph, of_shapes, of_the_tap, wide
 from levels import DTYPES, pyramid, relative_error
+from memory_support import held_beside
 from native_support import VALUE, same_bits
 from operator_samples import SAMPLES, checked, term_calls
 from terms_arguments import REFUSED, S, arguments

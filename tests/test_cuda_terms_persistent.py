@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_support import held_beside
 from emulation import emulated
+from memory_support import held_beside
 from native_support import GRADIENT, VALUE, same_bits
 from operator_samples import checked
 from toolchain import needs_compiler
