@@ -6,17 +6,11 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "rows.h"
-
-#if KD_X86
-#include <immintrin.h>
-#endif
+#include "row_access.h"
 
 namespace kd {
 namespace {
 
-// Bytes of a gradient above which it does not stay in the caches until somebody reads it.
-constexpr int64_t STREAMED = int64_t{8} << 20;
 // Elements of which the fp32 sums of `values` are made at a time.
 constexpr int64_t SUMMED = 4096;
 
@@ -29,10 +23,7 @@ struct Scratch {
 class Writer {
  public:
   Writer(const Pyramid& x, const Writing& wanted, const Results& out)
-      : x_(x), wanted_(wanted), out_(out), places_(x), bands_(x), rows_(row_kernels()) {
-    int64_t bytes = 0;
-    for (size_t level = 0; level < x.size(); ++level) bytes += x.images() * x[level].image_bytes();
-    streamed_ = bytes >= STREAMED;
+      : x_(x), wanted_(wanted), out_(out), places_(x), bands_(x), rows_(row_kernels()), rows_out_(x) {
     if (wanted.values != nullptr) values_.resize(bands_.count());
   }
 
@@ -42,10 +33,7 @@ class Writer {
       thread_local Scratch scratch;
       const Band band = bands_[first + i];
       write(band, scratch, by_pixel);
-#if KD_X86
-      // What was streamed is to be seen by whoever comes after this piece.
-      _mm_sfence();
-#endif
+      end_streams();
     });
     if (wanted_.values == nullptr) return;
     for (int64_t place = images.first; place < images.last; ++place) {
@@ -64,9 +52,9 @@ class Writer {
     const int type = static_cast<int>(mixed ? Type::fp32 : x.type);
     const int64_t outer = x.last ? band.pixels : x.channels, count = x.last ? x.channels : band.pixels;
     const PixelFactors pixel = {
-        sized(scratch.product, wanted_.has_product && wanted_.product_by_pixel, band.pixels),
-        sized(scratch.sign, wanted_.has_sign && wanted_.sign_by_pixel, band.pixels),
-        sized(scratch.error, wanted_.has_error && wanted_.error_by_pixel, band.pixels),
+        wanted_.has_product && wanted_.product_by_pixel ? sized(scratch.product, band.pixels) : nullptr,
+        wanted_.has_sign && wanted_.sign_by_pixel ? sized(scratch.sign, band.pixels) : nullptr,
+        wanted_.has_error && wanted_.error_by_pixel ? sized(scratch.error, band.pixels) : nullptr,
     };
     if (by_pixel) by_pixel(band, pixel);
     const int64_t vector = places_.vector[band.level] + band.image * x.channels;
@@ -88,11 +76,11 @@ class Writer {
     a.has_product = wanted_.has_product, a.has_sign = wanted_.has_sign, a.has_error = wanted_.has_error;
     a.absolute = wanted_.absolute;
     a.values = wanted_.values != nullptr ? lanes : nullptr;
-    a.made = sized(scratch.made, true, count);
+    a.made = sized(scratch.made, count);
     for (int64_t row = 0; row < outer; ++row) {
-      a.x = reads ? place(x, band, row) : nullptr;
-      a.target = target != nullptr ? place(*target, band, row) : nullptr;
-      a.arriving = arriving != nullptr ? place(*arriving, band, row) : nullptr;
+      a.x = reads ? place_of(x, band, row) : nullptr;
+      a.target = target != nullptr ? place_of(*target, band, row) : nullptr;
+      a.arriving = arriving != nullptr ? place_of(*arriving, band, row) : nullptr;
       if (mixed) {
         a.x = widened(a.x, x, scratch.x, count);
         if (target != nullptr) a.target = widened(a.target, *target, scratch.target, count);
@@ -102,7 +90,7 @@ class Writer {
       a.by_sign = of_row[1] != nullptr ? of_row[1][row] : 0.0f;
       a.by_error = of_row[2] != nullptr ? of_row[2][row] : 1.0f;
       rows_.gradient[type](a);
-      put(place(out_[band.level], band, row), x.type, a.made, count, scratch);
+      rows_out_.put(place_of(out_[band.level], band, row), x.type, a.made, count, scratch.narrow);
       summed += count;
       if (a.values != nullptr && (summed >= SUMMED || row + 1 == outer)) {
         values = std::accumulate(lanes, lanes + LANES, values);
@@ -113,36 +101,10 @@ class Writer {
     if (a.values != nullptr) values_[band.index] = values;
   }
 
-  static float* sized(std::vector<float>& buffer, bool wanted, int64_t count) {
-    if (!wanted) return nullptr;
-    if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(count);
-    return buffer.data();
-  }
-
-  static char* place(const Level& level, const Band& band, int64_t row) {
-    const int64_t first = band.first * (level.last ? level.row_bytes() : bytes_of(level.type));
-    return level.data + band.image * level.image_bytes() + first + row * level.row_bytes();
-  }
-
   const char* widened(const char* row, const Level& level, std::vector<float>& buffer, int64_t count) const {
     if (row == nullptr) return nullptr;
-    rows_.widen[static_cast<int>(level.type)](row, sized(buffer, true, count), count);
+    rows_.widen[static_cast<int>(level.type)](row, sized(buffer, count), count);
     return reinterpret_cast<const char*>(buffer.data());
-  }
-
-  void put(char* to, Type type, const float* made, int64_t count, Scratch& scratch) const {
-    const char* from = reinterpret_cast<const char*>(made);
-    const int64_t bytes = count * bytes_of(type);
-    if (type != Type::fp32) {
-      if (static_cast<int64_t>(scratch.narrow.size()) < bytes) scratch.narrow.resize(bytes);
-      rows_.narrow[static_cast<int>(type)](made, scratch.narrow.data(), count);
-      from = scratch.narrow.data();
-    }
-    if (streamed_) {
-      rows_.stream(to, from, bytes);
-    } else {
-      std::copy_n(from, bytes, to);
-    }
   }
 
   const Pyramid& x_;
@@ -151,7 +113,7 @@ class Writer {
   const Places places_;
   const Bands bands_;
   const RowKernels& rows_;
-  bool streamed_;
+  const RowsOut rows_out_;
   std::vector<double> values_;
 };
 

@@ -23,6 +23,10 @@ struct MapKernels {
   // Its gradient with respect to the sums, times cotangent, at `size` of the `count` elements, from which the pointers begin.
   void (*attention_gradient)(const float* sums, const float* target, const float* state, float cotangent, int64_t size, int64_t count,
                              float factor, float* out);
+  // out = softmax(a), or a / sum(a) and 0 where that is 0.
+  void (*pool_weights)(const float* a, float* out, int64_t count, bool softmax);
+  // out: the gradient of a for `grad`, that of the weights which were made of it.
+  void (*pool_weights_backward)(const float* weights, const float* grad, const float* a, float* out, int64_t count, bool softmax);
   // sum(spatial * error); spatial null is 1.
   float (*weighted_sum)(const float* error, const float* spatial, int64_t count);
 };

@@ -24,11 +24,6 @@ KD_INLINE double total(Sum& s) {
   return s.blocks;
 }
 
-// x where there are that many elements, `other` in the lanes behind them.
-KD_INLINE Floats inside(int64_t count, const Floats& x, const Floats& other) {
-  return count < LANES ? where(first_lanes(count), x, other) : x;
-}
-
 // relu keeps the NaN that -inf * 0 is: a sum of -inf, which an overflow brings, is no innocent 0.
 KD_INLINE Floats rectified(const Floats& raw, Rectify how) {
   if (how == Rectify::abs) return abs(raw);
@@ -298,18 +293,47 @@ static void attention_gradient(const float* sums, const float* target, const flo
   }
 }
 
-static float weighted_sum(const float* error, const float* spatial, int64_t count) {
+// sum(a * b); b null is 1.
+static double sum_of(const float* a, const float* b, int64_t count) {
   Sum values;
   for (int64_t i = 0; i < count; i += LANES) {
-    const Floats e = load(error + i, count - i);
-    values.lanes += spatial != nullptr ? e * load(spatial + i, count - i) : e;
+    const Floats mine = load(a + i, count - i);
+    values.lanes += b != nullptr ? mine * load(b + i, count - i) : mine;
     if (ends_block(i)) flush(values);
   }
-  return static_cast<float>(total(values));
+  return total(values);
+}
+
+static void pool_weights(const float* a, float* out, int64_t count, bool softmax) {
+  // Not infinite: the difference of -inf from it is to be none.
+  constexpr float LOWEST = std::numeric_limits<float>::lowest();
+  Floats high = all(LOWEST);
+  for (int64_t i = 0; softmax && i < count; i += LANES) high = larger(high, inside(count - i, load(a + i, count - i), all(LOWEST)));
+  const float maximum = largest(high);
+  for (int64_t i = 0; softmax && i < count; i += LANES) store(out + i, exp(load(a + i, count - i) - maximum), count - i);
+  const float* const from = softmax ? out : a;
+  const float divisor = static_cast<float>(sum_of(from, nullptr, count));
+  const bool none = !softmax && divisor == 0.0f;
+  for (int64_t i = 0; i < count; i += LANES) store(out + i, none ? all(0.0f) : load(from + i, count - i) / divisor, count - i);
+}
+
+static void pool_weights_backward(const float* weights, const float* grad, const float* a, float* out, int64_t count, bool softmax) {
+  const float mean = static_cast<float>(sum_of(weights, grad, count));
+  const float divisor = softmax ? 1.0f : static_cast<float>(sum_of(a, nullptr, count));
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Floats over = load(grad + i, count - i) - mean;
+    const Floats of_mean = divisor == 0.0f ? all(0.0f) : over / divisor;
+    store(out + i, softmax ? load(weights + i, count - i) * over : of_mean, count - i);
+  }
+}
+
+static float weighted_sum(const float* error, const float* spatial, int64_t count) {
+  return static_cast<float>(sum_of(error, spatial, count));
 }
 
 static const MapKernels kernels = {
-    map_forward, map_gradient, attention, attention_backward, attention_distance, attention_gradient, weighted_sum,
+    map_forward, map_gradient, attention, attention_backward, attention_distance, attention_gradient, pool_weights,
+    pool_weights_backward, weighted_sum,
 };
 
 }  // namespace KD_ISA

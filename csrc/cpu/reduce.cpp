@@ -31,6 +31,7 @@ class Reader {
     for (int k = 0; k < 3; ++k) maps_[k] = packed[k] != nullptr ? packed[k] + map : nullptr;
     weights_ = wanted.weights != nullptr ? wanted.weights + vector : nullptr;
     error_weights_ = wanted.error_channel != nullptr ? wanted.error_channel + vector : nullptr;
+    pixel_weights_ = wanted.pixel_weights != nullptr ? wanted.pixel_weights + map : nullptr;
     absolute_ = wanted.absolute;
     of_magnitudes_ = wanted.sums == ChannelSums::of_magnitudes;
   }
@@ -48,6 +49,7 @@ class Reader {
   void read_channels() {
     Down a{};
     a.count = band_.pixels;
+    a.pixel_weights = pixel_weights_;
     a.absolute = absolute_, a.of_magnitudes = of_magnitudes_;
     for (int64_t first = 0; first < x_.channels; first += CHANNELS) {
       float* into[3];
@@ -88,6 +90,7 @@ class Reader {
       take(row, rows, a.count, a.x, a.target);
       float** const out[] = {&a.raw, &a.magnitude, &a.error};
       for (int k = 0; k < 3; ++k) *out[k] = maps_[k] != nullptr ? maps_[k] + row : nullptr;
+      a.pixel_weights = pixel_weights_ != nullptr ? pixel_weights_ + row : nullptr;
       row_kernels().across[type()][rows > 1](a);
     }
   }
@@ -128,7 +131,7 @@ class Reader {
   const Band& band_;
   // raw, magnitude and error: the band's part of each map, or null.
   float* maps_[3];
-  const float *weights_, *error_weights_;
+  const float *weights_, *error_weights_, *pixel_weights_;
   float* const sums_;
   bool absolute_, of_magnitudes_;
   const bool mixed_;

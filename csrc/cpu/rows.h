@@ -15,6 +15,7 @@ constexpr int MOST_ROWS = 4;
 //   x, target      rows of `count` elements of one type;   target: null without error
 //   raw, ...       (count,) that are added to, or null
 //   sums           sum of each row's values or, with `of_magnitudes`, of their magnitudes; null if not wanted
+//   pixel_weights  (count,) of the terms of these sums, or null for 1
 struct Down {
   const char* x[MOST_ROWS];
   const char* target[MOST_ROWS];
@@ -22,6 +23,7 @@ struct Down {
   float weight[MOST_ROWS], error_weight[MOST_ROWS];
   float *raw, *magnitude, *error;
   float* sums;
+  const float* pixel_weights;
   bool absolute, of_magnitudes;
   int64_t ahead;
 };
@@ -29,6 +31,7 @@ struct Down {
 // Rows of a channels_last level whose elements have weights: the sums of each row, and of the rows element by element.
 //   weights, error_weights   (count,), null for 1
 //   raw, magnitude, error    one number a row, or null;   channel: (count,) that are added to, or null
+//   pixel_weights            one number a row, by which it is multiplied where it is added to `channel`, or null for 1
 struct Across {
   const char* x[MOST_ROWS];
   const char* target[MOST_ROWS];
@@ -36,6 +39,7 @@ struct Across {
   const float *weights, *error_weights;
   float *raw, *magnitude, *error;
   float* channel;
+  const float* pixel_weights;
   bool absolute, of_magnitudes;
   int64_t ahead;
 };

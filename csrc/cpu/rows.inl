@@ -43,6 +43,11 @@ KD_INLINE void down_step(const Down& a, int64_t i, int64_t count, Floats* sums) 
     for (int r = 0; r < ROWS; ++r) total += a.of_magnitudes ? x[r] : abs(x[r]);
     store(a.magnitude + i, total, count);
   }
+  if (a.pixel_weights != nullptr) {
+    const Floats weights = load(a.pixel_weights + i, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) x[r] *= weights;
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) sums[r] += x[r];
 }
@@ -89,7 +94,10 @@ KD_INLINE void across_step(const Across& a, int64_t i, int64_t count, Floats* ra
   if (a.channel != nullptr) {
     Floats total = load(a.channel + i, count);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) total += a.of_magnitudes ? abs(x[r]) : x[r];
+    for (int r = 0; r < ROWS; ++r) {
+      const Floats value = a.of_magnitudes ? abs(x[r]) : x[r];
+      total += a.pixel_weights != nullptr ? value * a.pixel_weights[r] : value;
+    }
     store(a.channel + i, total, count);
   }
 }

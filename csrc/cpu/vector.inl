@@ -132,6 +132,11 @@ KD_INLINE Floats lane_numbers() {
 
 KD_INLINE Mask first_lanes(int64_t count) { return lane_numbers() < static_cast<float>(std::min(count, LANES)); }
 
+// x where there are that many elements, `other` in the lanes behind them.
+KD_INLINE Floats inside(int64_t count, const Floats& x, const Floats& other) {
+  return count < LANES ? where(first_lanes(count), x, other) : x;
+}
+
 // Halves added to each other until one is left, whatever the width of a register.
 KD_INLINE float sum(const Floats& x) {
 #if KD_WIDTH == 1

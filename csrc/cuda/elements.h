@@ -216,28 +216,19 @@ KD_DEVICE void load(const Memory& memory, const char* at, int left, uint32_t* in
   }
 }
 
-// Stores a thread's elements; all threads of the warp take part, each with the elements that follow those of the one before it.
-template <class X, bool kAligned, class Me, int kCount>
-KD_DEVICE void store(Me& me, char* at, int left, const float (&x)[kCount]) {
-  using C = Codec<X>;
-  constexpr int kVectors = kCount * C::kBytes / 16, kPerVector = 16 / C::kBytes;
+// Stores a thread's elements, wherever they begin: see `store_words`.
+template <int kBytes, class Me, int kWords>
+KD_DEVICE void store_anywhere(Me& me, char* at, int left, const uint32_t (&mine)[kWords]) {
+  constexpr int kVectors = kWords / 4, kPerVector = 16 / kBytes, kCount = kWords * 4 / kBytes;
   // The last words of the thread before, and this one's.
   uint32_t words[4 * kVectors + 8];
   KD_UNROLL
-  for (int i = 0; i < 4 * kVectors; ++i) words[4 + i] = C::narrow(x, i);
-  if (kAligned) {
-    KD_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      if (v * kPerVector >= left) return;
-      store_bits(at + 16 * v, {{words[4 * v + 4], words[4 * v + 5], words[4 * v + 6], words[4 * v + 7]}});
-    }
-    return;
-  }
+  for (int i = 0; i < 4 * kVectors; ++i) words[4 + i] = mine[i];
   KD_UNROLL
   for (int k = 0; k < 4; ++k) words[k] = me.up(words[4 * kVectors + k], 1);
   KD_UNROLL
   for (int k = 0; k < 4; ++k) words[4 * kVectors + 4 + k] = 0;
-  const int bytes = misalignment(at), before = bytes / C::kBytes;
+  const int bytes = misalignment(at), before = bytes / kBytes;
   // From here on `words` begins with the aligned 16 bytes that `at` lies in; the last vector goes on with the thread behind.
   if (bytes != 0) {
     const int shift = 16 - bytes;
@@ -261,13 +252,36 @@ KD_DEVICE void store(Me& me, char* at, int left, const float (&x)[kCount]) {
     KD_UNROLL
     for (int i = 0; i < kPerVector; ++i) {
       if (begin + i < first || begin + i >= left || begin + i >= kCount) continue;
-      if (C::kBytes == 4) {
+      if (kBytes == 4) {
         *reinterpret_cast<uint32_t*>(to + 4 * i) = words[4 * v + i];
       } else {
         *reinterpret_cast<uint16_t*>(to + 2 * i) = static_cast<uint16_t>(words[4 * v + i / 2] >> (16 * (i % 2)));
       }
     }
   }
+}
+
+// Stores a thread's elements of kBytes each; all threads of the warp take part, each with the elements that follow those of the one before.
+template <int kBytes, bool kAligned, class Me, int kWords>
+KD_DEVICE void store_words(Me& me, char* at, int left, const uint32_t (&mine)[kWords]) {
+  if constexpr (kAligned) {
+    KD_UNROLL
+    for (int v = 0; v < kWords / 4; ++v) {
+      if (v * 16 / kBytes >= left) return;
+      store_bits(at + 16 * v, {{mine[4 * v], mine[4 * v + 1], mine[4 * v + 2], mine[4 * v + 3]}});
+    }
+  } else {
+    store_anywhere<kBytes>(me, at, left, mine);
+  }
+}
+
+// The same of numbers, which are rounded.
+template <class X, bool kAligned, class Me, int kCount>
+KD_DEVICE void store(Me& me, char* at, int left, const float (&x)[kCount]) {
+  uint32_t words[kCount * Codec<X>::kBytes / 4];
+  KD_UNROLL
+  for (int i = 0; i < kCount * Codec<X>::kBytes / 4; ++i) words[i] = Codec<X>::narrow(x, i);
+  store_words<Codec<X>::kBytes, kAligned>(me, at, left, words);
 }
 
 template <class X, int kCount>
@@ -287,9 +301,15 @@ struct Elements {
     load<X, kCount, kOnce, kAligned>(memory, at, left, packed.word);
   }
   KD_DEVICE static void unpack(const Memory&, const Words<X>& packed, float (&x)[kCount]) { widen<X>(packed.word, x); }
+  KD_DEVICE static float one(const Memory&, const Words<X>& packed, int i) { return Codec<X>::wide(packed.word, i); }
   template <bool kAligned, class Me>
   KD_DEVICE static void put(Me& me, const Memory&, char* at, int left, const float (&x)[kCount]) {
     store<X, kAligned>(me, at, left, x);
+  }
+  // Elements as `get` found them.
+  template <bool kAligned, class Me>
+  KD_DEVICE static void put_words(Me& me, const Memory&, char* at, int left, const Words<X>& packed) {
+    store_words<sizeof(X), kAligned>(me, at, left, packed.word);
   }
 };
 
@@ -309,11 +329,21 @@ struct Elements<Any> {
     if (memory.type == Type::fp16) return widen<Half>(packed.word, x);
     widen<BFloat16>(packed.word, x);
   }
+  KD_DEVICE static float one(const Memory& memory, const Words<Any>& packed, int i) {
+    if (memory.type == Type::fp32) return Codec<float>::wide(packed.word, i);
+    return memory.type == Type::fp16 ? Codec<Half>::wide(packed.word, i) : Codec<BFloat16>::wide(packed.word, i);
+  }
   template <bool kAligned, class Me>
   KD_DEVICE static void put(Me& me, const Memory& memory, char* at, int left, const float (&x)[kCount]) {
     if (memory.type == Type::fp32) return store<float, kAligned>(me, at, left, x);
     if (memory.type == Type::fp16) return store<Half, kAligned>(me, at, left, x);
     store<BFloat16, kAligned>(me, at, left, x);
+  }
+  template <bool kAligned, class Me>
+  KD_DEVICE static void put_words(Me& me, const Memory& memory, char* at, int left, const Words<Any>& packed) {
+    if (memory.type == Type::fp32) return store_words<4, kAligned>(me, at, left, packed.word);
+    const uint32_t narrow[] = {packed.word[0], packed.word[1], packed.word[2], packed.word[3]};
+    store_words<2, kAligned>(me, at, left, narrow);
   }
 };
 

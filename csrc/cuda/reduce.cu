@@ -10,7 +10,7 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
   const bool sums = wanted.sums != ChannelSums::none;
   const Tensor parts = new_floats(like, {sums ? part.back() : 0});
   Reduce<X, kMade> pass{};
-  pass.weights = wanted.weights, pass.error_channel = wanted.error_channel;
+  pass.weights = wanted.weights, pass.error_channel = wanted.error_channel, pass.pixel_weights = wanted.pixel_weights;
   pass.raw = wanted.raw, pass.magnitude = wanted.magnitude, pass.error = wanted.error;
   pass.parts = sums ? floats(parts) : nullptr;
   in_launches(x, read_blocks<X>, [&](const Places& places) {
@@ -39,7 +39,8 @@ void reduce_as(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, c
 
 unsigned bits_of(const Reading& wanted) {
   return (wanted.raw != nullptr ? kRaw | (wanted.absolute ? kOfMagnitudes : 0u) : 0u) | (wanted.magnitude != nullptr ? kMagnitude : 0u) |
-         (wanted.error != nullptr ? kError : 0u) | (wanted.sums == ChannelSums::of_values ? kValueSums : 0u) |
+         (wanted.error != nullptr ? kError : 0u) |
+         (wanted.sums != ChannelSums::of_values ? 0u : wanted.pixel_weights != nullptr ? kWeightedSums : kValueSums) |
          (wanted.sums == ChannelSums::of_magnitudes ? kMagnitudeSums : 0u);
 }
 
@@ -66,11 +67,11 @@ void reduce(const OnDeviceOf& device, const Tensor& like, const Pyramid& x, cons
     const unsigned bits = bits_of(wanted);
     // Of mixed types, which are rare, fewer: each of them takes time to compile.
     if constexpr (std::is_same_v<X, Any>) {
-      reduce_by<X, kValueSums, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kAll, kAll | kOfMagnitudes>(
+      reduce_by<X, kValueSums, kWeightedSums, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kAll, kAll | kOfMagnitudes>(
           device, like, x, wanted, mean, bits);
     } else {
-      reduce_by<X, kValueSums, kMagnitudeSums, kRaw, kAttention, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes, kError, kAll,
-                kAll | kOfMagnitudes>(device, like, x, wanted, mean, bits);
+      reduce_by<X, kValueSums, kWeightedSums, kMagnitudeSums, kRaw, kAttention, kRaw | kAttention, kRaw | kAttention | kOfMagnitudes,
+                kError, kAll, kAll | kOfMagnitudes>(device, like, x, wanted, mean, bits);
     }
   });
 }

@@ -23,7 +23,8 @@ int64_t read_blocks(const Level& level) {
 }
 
 // What a read pass makes, as it is known when it is compiled. What is not wanted after all has a null pointer.
-enum Sums : unsigned { kRaw = 1, kMagnitude = 2, kError = 4, kValueSums = 8, kMagnitudeSums = 16, kOfMagnitudes = 32 };
+// kWeightedSums: value sums with a weight a pixel.
+enum Sums : unsigned { kRaw = 1, kMagnitude = 2, kError = 4, kValueSums = 8, kMagnitudeSums = 16, kOfMagnitudes = 32, kWeightedSums = 64 };
 
 // A block's share of the read pass: kSpan pixels of all channels of a contiguous level, kBand pixels of a channels_last one. Its warps
 // take the rows in turns, four at a time: of the sums down the rows every thread has its own columns', those across a row are the warp's.
@@ -33,7 +34,8 @@ enum Sums : unsigned { kRaw = 1, kMagnitude = 2, kError = 4, kValueSums = 8, kMa
 template <class X, unsigned kMade, bool kOnce = false>
 struct Reduce {
   static constexpr bool kRaws = kMade & kRaw, kMagnitudes = kMade & kMagnitude, kErrors = kMade & kError;
-  static constexpr bool kSums = kMade & (kValueSums | kMagnitudeSums), kWide = std::is_same_v<X, Any>;
+  static constexpr bool kSums = kMade & (kValueSums | kMagnitudeSums | kWeightedSums), kWeighted = kMade & kWeightedSums;
+  static constexpr bool kWide = std::is_same_v<X, Any>;
   static constexpr int kThreads = 256, kResident = kErrors || kWide ? 2 : 3;
   static constexpr int kWarps = kThreads / kWarp, kRows = 4;
   // Rows that are on their way at the same time: of wide words fewer, for which there are registers.
@@ -49,7 +51,7 @@ struct Reduce {
   Places places;
   Memory x[kLevels], target[kErrors ? kLevels : 1];
   int64_t part[kLevels];
-  const float *weights, *error_channel;
+  const float *weights, *error_channel, *pixel_weights;
   float *raw, *magnitude, *error, *parts;
 
   template <class Me>
@@ -121,7 +123,13 @@ struct Reduce {
     const Place& place = places.place[level];
     const int64_t vector = place.vector + n * place.channels;
     const int channels = static_cast<int>(place.channels);
-    float raw_sum[kCount] = {}, magnitude_sum[kCount] = {}, error_sum[kCount] = {};
+    const int64_t map = place.map + n * place.pixels + tile * kColumns, left = place.pixels - tile * kColumns;
+    float raw_sum[kCount] = {}, magnitude_sum[kCount] = {}, error_sum[kCount] = {}, pixel_weight[kWeighted ? kCount : 1];
+    KD_UNROLL
+    for (int i = 0; i < kCount && kWeighted; ++i) {
+      const int column = me.lane() * kCount + i;
+      pixel_weight[kWeighted ? i : 0] = column < left ? pixel_weights[map + column] : 0.0f;
+    }
     int first = me.warp() * kRows;
     Cursor from = cursor(level, n, first, tile * kColumns + me.lane() * kCount, place.pixels);
     for (; first < channels; first += kWarps * kRows, from.go(kWarps * kRows)) {
@@ -146,7 +154,7 @@ struct Reduce {
             const float difference = value[i] - goal[i];
             error_sum[i] += error_weight * difference * difference;
           }
-          if (kSums) across[r] += kMade & kMagnitudeSums ? size : value[i];
+          if (kSums) across[r] += (kMade & kMagnitudeSums ? size : value[i]) * (kWeighted ? pixel_weight[kWeighted ? i : 0] : 1.0f);
         }
       }
       if (!kSums || parts == nullptr) continue;
@@ -156,7 +164,6 @@ struct Reduce {
         parts[part[level] + (n * place.blocks + tile) * place.channels + channel] = total;
       }
     }
-    const int64_t map = place.map + n * place.pixels + tile * kColumns, left = place.pixels - tile * kColumns;
     if (kRaws && raw != nullptr) add_up(me, shared, raw_sum, raw + map, left);
     if (kMagnitudes && magnitude != nullptr) add_up(me, shared, magnitude_sum, magnitude + map, left);
     if (kErrors) add_up(me, shared, error_sum, error + map, left);
@@ -187,6 +194,7 @@ struct Reduce {
         for (int r = 0; r < kRows; ++r) {
           if (r % kAtOnce == 0) get<kAligned>(rows, from, r, count - row);
           of_raw[r] = of_magnitude[r] = of_error[r] = 0;
+          const float pixel_weight = kWeighted && row + r < count ? pixel_weights[place.map + n * place.pixels + begin + row + r] : 1.0f;
           float value[kCount], goal[kCount];
           unpack(rows, from, r % kAtOnce, value, goal);
           KD_UNROLL
@@ -198,7 +206,7 @@ struct Reduce {
               const float difference = value[i] - goal[i];
               of_error[r] += error_weight[i] * difference * difference;
             }
-            if (kSums) down[i] += kMade & kMagnitudeSums ? size : value[i];
+            if (kSums) down[i] += (kMade & kMagnitudeSums ? size : value[i]) * pixel_weight;
           }
         }
         if (kRaws && raw != nullptr) add_across(me, shared.across[0], row, of_raw, base == 0);

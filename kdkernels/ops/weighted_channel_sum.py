@@ -56,8 +56,8 @@ def _packed_maps(x: Sequence[Tensor], w: Tensor, absolute: bool) -> Tensor:
     return x[0].new_empty(sum(level.shape[0] * level.shape[2] * level.shape[3] for level in x), dtype=torch.float32)
 
 
-_forward = define("weighted_channel_sum", "(Tensor[] x, Tensor w, bool absolute) -> Tensor", _packed_maps)
-_backward = define(
+packed_sum = define("weighted_channel_sum", "(Tensor[] x, Tensor w, bool absolute) -> Tensor", _packed_maps)
+packed_sum_backward = define(
     "weighted_channel_sum_backward",
     "(Tensor[] x, Tensor w, Tensor grad, bool absolute) -> Tensor[]",
     lambda x, w, grad, absolute: [torch.empty_like(level) for level in x],
@@ -71,13 +71,13 @@ class _WeightedChannelSum(torch.autograd.Function):
     def forward(ctx: Any, name: str, w: Tensor, absolute: bool, *x: Tensor) -> Tensor:
         ctx.name, ctx.absolute = name, absolute
         keep(ctx, w, *x)
-        return _forward(name, list(x), w, absolute)
+        return packed_sum(name, list(x), w, absolute)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         w, *x = kept(ctx)
-        return (None, None, None, *_backward(ctx.name, x, w, grad.contiguous(), ctx.absolute))
+        return (None, None, None, *packed_sum_backward(ctx.name, x, w, grad.contiguous(), ctx.absolute))
 
 
 def fused(
@@ -88,7 +88,7 @@ def fused(
         return [], [], []
     w = pack([constant(weight) for weight in weights])
     absolute = activation == "abs"
-    raw = _WeightedChannelSum.apply(name, w, absolute, *levels) if in_graph(levels) else _forward(name, list(levels), w, absolute)
+    raw = _WeightedChannelSum.apply(name, w, absolute, *levels) if in_graph(levels) else packed_sum(name, list(levels), w, absolute)
     maps = unpack(rectified(raw, rectify), [(level.shape[0], *level.shape[2:]) for level in levels])
     return maps, [r.amin((1, 2)) for r in maps], [r.amax((1, 2)) for r in maps]
 

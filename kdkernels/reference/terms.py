@@ -68,7 +68,9 @@ def terms(features: Sequence[Tensor], wanted: Sequence[tuple[Term, Factor]]) -> 
 
     A factor is a number or a tensor that broadcasts to (L, N).
     """
-    return [_term(features, term) * factor for term, factor in wanted]
+    # Lifted once, so that the gradients of all terms are added before they are rounded to 16 bits.
+    lifted = [accumulate(x) for x in features]
+    return [_term(lifted, term) * factor for term, factor in wanted]
 
 
 def _term(features: Sequence[Tensor], term: Term) -> Tensor:

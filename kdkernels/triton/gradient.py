@@ -87,7 +87,7 @@ def gradient(
             **blocks,
         )
         if parts is not None:
-            _sum_parts[(images * len(sizes.indices),)](parts, values, images, *left, BLOCK=1024)
+            sum_parts[(images * len(sizes.indices),)](parts, values, images, *left, BLOCK=1024)
     return written.done()
 
 
@@ -335,13 +335,13 @@ def _kernel(
     else:
         part = _flat(x, target, arriving, out, vectors, o, i, n, tile, inner, total, PLACES, ABSOLUTE, 1, BLOCK_FLAT)
     if parts is not None:
-        tl.store(parts + tl.program_id(0), part)
+        tl.store(parts + tl.program_id(0), 0.5 * part)
 
 
 # `values` is a row of a larger result: whether it begins on 16 bytes depends on the batch.
 @triton.jit(do_not_specialize=["images"], do_not_specialize_on_alignment=["values"])
-def _sum_parts(parts, values, images, indices, ends, tiles, BLOCK: tl.constexpr):
-    """A program a level and image: half the sum of what its tiles left, in a fixed order."""
+def sum_parts(parts, values, images, indices, ends, tiles, BLOCK: tl.constexpr):
+    """A program a level and image: the sum of what its tiles left, in a fixed order."""
     level = tl.program_id(0) // images
     n = tl.program_id(0) % images
     count = pick_integer(tiles, level)
@@ -350,4 +350,4 @@ def _sum_parts(parts, values, images, indices, ends, tiles, BLOCK: tl.constexpr)
     for start in range(0, count, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         total += tl.load(parts + tile, tile < count, 0.0)
-    tl.store(values + pick_integer(indices, level) * images + n, 0.5 * tl.sum(total, 0))
+    tl.store(values + pick_integer(indices, level) * images + n, tl.sum(total, 0))

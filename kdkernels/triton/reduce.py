@@ -67,14 +67,15 @@ def reduce(
     channel: str = "none",
     spatial_abs: bool = False,
     error_channel: Tensor | None = None,
+    pixel_weights: Tensor | None = None,
 ) -> Sums:
     """Sums of the levels x (N, C, H, W), at least one level, from one read of x and target.
 
     raw (with weights):       sum_c weights * x, of |x| with `absolute`
     absolute (spatial_abs):   sum_c |x|
     error (with target):      sum_c error_channel * (x - target)^2; error_channel None is 1
-    channel (abs, signed):    sums over a band's pixels of |x| or x
-    target: levels of x's shapes; weights, error_channel: packed (N, C), fp32.
+    channel (abs, signed):    sums over a band's pixels of |x| or x, the latter times pixel_weights where there are any
+    target: levels of x's shapes; weights, error_channel: packed (N, C), pixel_weights: packed (N, H*W), fp32.
     """
     images, channels, pixels = sizes_of(x)
     last = is_last(x, MOST_CHANNELS)
@@ -96,6 +97,7 @@ def reduce(
             sizes.of(others[0]) if others else None,
             weights,
             error_channel,
+            pixel_weights,
             raw,
             absolutes,
             error,
@@ -179,6 +181,7 @@ def _reduce(
     targets,
     weights,
     error_weights,
+    pixel_weights,
     raw,
     absolute,
     error,
@@ -217,13 +220,13 @@ def _reduce(
         # Written so that the compiler sees it is a multiple, and that rows begin on 16 bytes.
         inner = (inner // VECTOR) * VECTOR
         _read(
-            x, target, weights, error_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
+            x, target, weights, error_weights, pixel_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
             C, P, inner, LAST, ABSOLUTE, CHANNEL, PIXELS, PIECES, UNROLL, ROWS, BLOCK,
         )  # fmt: skip
     else:
         # Element by element, neighbours to neighbouring threads. Fewer rows at a time: every element takes an address.
         _read(
-            x, target, weights, error_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
+            x, target, weights, error_weights, pixel_weights, raw, absolute, error, parts, n, first, channel, pixel, part,
             C, P, inner, LAST, ABSOLUTE, CHANNEL, PIXELS, PIECES * VECTOR, 1, ROWS, BLOCK // VECTOR,
         )  # fmt: skip
 
@@ -234,6 +237,7 @@ def _read(
     target,
     weights,
     error_weights,
+    pixel_weights,
     raw,
     absolute,
     error,
@@ -277,6 +281,8 @@ def _read(
         column_weights = tl.load(weights + channel + column, inside, 0.0)[None, :, None, :]
     if LAST and error_weights is not None:
         column_error_weights = tl.load(error_weights + channel + column, inside, 0.0)[None, :, None, :]
+    if not LAST and pixel_weights is not None:
+        column_pixel_weights = tl.load(pixel_weights + pixel + column, inside, 0.0)[None, :, None, :]
     raw_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
     absolute_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
     error_sum = tl.zeros([ROWS, PIECES, BLOCK], tl.float32)
@@ -307,7 +313,13 @@ def _read(
         if absolute is not None:
             absolute_sum = _add(tl.abs(s), absolute_sum, absolute, pixel + rows, below, LAST)
         if parts is not None:
-            channel_sum = _add(tl.abs(s) if CHANNEL == "abs" else s, channel_sum, parts, part + rows, below, not LAST)
+            value = tl.abs(s) if CHANNEL == "abs" else s
+            if pixel_weights is not None:
+                if LAST:
+                    value *= tl.load(pixel_weights + pixel + rows, below, 0.0)[:, None, :, None]
+                else:
+                    value *= column_pixel_weights
+            channel_sum = _add(value, channel_sum, parts, part + rows, below, not LAST)
     if LAST:
         if parts is not None:
             tl.store(parts + part + column, tl.sum(channel_sum, 0), inside)

@@ -1,0 +1,51 @@
+"""What a detector's dense head says about a batch, in one form for all detector families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .pyramid import accumulate, level_shapes
+
+
+class HeadOutputs(NamedTuple):
+    """The outputs of a dense head, a tensor a level: of FCOS, RetinaNet and SSD their head, of Faster R-CNN its region proposal network.
+
+    A_l is the number of anchors of level l (cells times anchors per cell), K the number of classes (1 for an RPN's objectness).
+
+    classification: (N, A_l, K) logits of a sigmoid. SSD's head has a softmax over the classes and a background: of it, the log odds of
+                    the classes, whose sigmoid is the softmax's probability, without the background
+    regression:     (N, A_l, 4) as the head regresses
+    anchors:        (A_l, 4) xyxy in pixels of the padded batch, the same for all images; of FCOS the cells' squares
+    boxes:          (N, A_l, 4) the decoded boxes, xyxy in pixels
+    distribution:   (N, A_l, 4, bins) logits of the regression's distribution, where the detector regresses by one
+    """
+
+    classification: list[Tensor]
+    regression: list[Tensor]
+    anchors: list[Tensor]
+    boxes: list[Tensor]
+    distribution: list[Tensor] | None = None
+
+
+def levels_of(outputs: HeadOutputs, order: Sequence[int]) -> HeadOutputs:
+    """The outputs of these levels."""
+    return HeadOutputs(*(None if levels is None else [levels[i] for i in order] for levels in outputs))  # type: ignore[arg-type]
+
+
+def as_maps(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Levels (N, A, K) as the pyramid (N, K, A, 1) that the primitives take, channels_last where they are contiguous."""
+    return [x.transpose(1, 2).unsqueeze(3) for x in levels]
+
+
+def best_scores(outputs: HeadOutputs) -> list[Tensor]:
+    """max_k sigma of every anchor, (N, A_l) a level, in fp32 (fp64 for fp64), detached."""
+    return [accumulate(x.detach().amax(2)).sigmoid() for x in outputs.classification]
+
+
+def check_outputs(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    """Raises ValueError, naming both sides' shapes, unless all levels of these parts of two heads' outputs have the same shapes."""
+    if [x.shape for x in student] != [x.shape for x in teacher]:
+        raise ValueError(f"{what} do not fit: student_outputs have {level_shapes(student)}, teacher_outputs {level_shapes(teacher)}")

@@ -1,0 +1,21 @@
+"""`logit_kl` and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .logits import Difference, gradient, rows
+
+
+def logit_kl(s: Sequence[Tensor], t: Sequence[Tensor], weight: Tensor | None, temperature: float, groups: int) -> Tensor:
+    """(L, N) fp32. s, t: levels (N, K, H, W), at least one; weight: packed maps (N, H, W), fp32, or None."""
+    return rows(s, t, weight, Difference("kl", temperature, groups))
+
+
+def logit_kl_backward(
+    grad: Tensor, s: Sequence[Tensor], t: Sequence[Tensor], weight: Tensor | None, temperature: float, groups: int
+) -> list[Tensor]:
+    """Gradients of the levels s, in their types and strides, from that of the rows: grad, (L, N) fp32."""
+    return gradient(grad, s, t, weight, Difference("kl", temperature, groups))
