@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.adapters import PyramidAdapter, pair_levels
+from kdkernels.head import HeadRecord
 from kdkernels.inline import InlinePlan, InlineTap, Terms
-from kdkernels.losses.base import DistillationLoss
+from kdkernels.losses.base import HEAD_NEEDS, DistillationLoss, TeacherLosses
 from kdkernels.losses.composed import teacher_sides, term_values
+from kdkernels.losses.trainable import trained_part
+from kdkernels.outputs import HeadOutputs, levels_of
 from kdkernels.tap import Features, unwrap
 from kdkernels.teacher import TeacherOutput, loss_mode, pseudo_losses, scaled_gradients
 
@@ -67,12 +70,16 @@ class DistillationCall:
         self.only_build = only_build
         self.record = CallValues()
         self.results: dict[str, list[Tensor]] = {}
+        self.head = HeadRecord()
+        self.on_outputs: tuple[Features, Pairs] | None = None
         self.explicit: list[tuple[Features, Pairs]] = []
         self.copies: Features = OrderedDict()
         self.head_features: Features = OrderedDict()
         self._handles: dict[str, list[Tensor]] = {}
         self._adapted: dict[tuple[str, ...], list[Tensor]] = {}
         self._teacher: TeacherOutput | None = None
+        self._own_outputs: HeadOutputs | None = None
+        self._names: list[str] = []
         self._seen: set[str] = set()
 
     def student_features(self, names: list[str], features: Features) -> Features:
@@ -81,6 +88,7 @@ class DistillationCall:
         if again:
             raise RuntimeError(f"levels {sorted(again)} passed the student's tap twice in one call: tap a module that is called once")
         self._seen.update(names)
+        self._names = list(names)
         named = OrderedDict(zip(names, features.values(), strict=True))
         chosen = self._chosen(named)
         if not chosen:
@@ -93,9 +101,11 @@ class DistillationCall:
                 raise
             return features
         chosen = OrderedDict((name, chosen[name]) for name, _ in pairs)
+        self._build(chosen, pairs)
         if self.only_build:
-            self._build(chosen, pairs)
             return features
+        if any(_after_the_head(loss) for loss in self.distiller.losses.values()):
+            self.on_outputs = chosen, pairs
         with_gradient, without = self._split_losses(chosen, pairs)
         self._evaluate(without, chosen, None, pairs)
         passed = dict(zip(named, features, strict=True))
@@ -130,6 +140,9 @@ class DistillationCall:
             return losses
         if self.explicit:
             self._evaluate_explicit(losses)
+        if self.on_outputs is not None:
+            chosen, pairs = self.on_outputs
+            self._evaluate({n: loss for n, loss in self.distiller.losses.items() if _after_the_head(loss)}, chosen, None, pairs)
         result = dict(losses)
         for name in self.distiller.losses:
             key = "kd_" + name
@@ -166,7 +179,14 @@ class DistillationCall:
         self._boxes, self._counts, self._image_size = distiller.adapter.frame(distiller.student, images, targets)
         if hasattr(distiller.adapter, "teacher_images"):
             images = distiller.adapter.teacher_images(distiller.student, teacher.model, images)
-        needs = frozenset() if self.only_build else frozenset().union(*(loss.needs for loss in distiller.losses.values()))
+        needs = frozenset() if self.only_build else distiller.needs
+        # What not every teacher takes is asked for where a loss needs it.
+        wanted = {
+            "anchors": "anchors" in needs,
+            "outputs": "outputs" in needs,
+            "crosses": "outputs" in needs and distiller.crosses,
+            "parts": "teacher_losses" in needs and any(loss.by_parts for loss in distiller.losses.values()),
+        }
         granularities = {getattr(loss, "granularity", None) for loss in distiller.losses.values()}
         return teacher(
             images,
@@ -174,21 +194,23 @@ class DistillationCall:
             gradients="teacher_gradients" in needs and self.given_teacher_gradients is None,
             losses="teacher_losses" in needs,
             per_level=not granularities.isdisjoint(LEVEL_GRANULARITIES),
+            **{name: True for name, asked in wanted.items() if asked},
         )
 
     def _split_losses(self, chosen: Features, pairs: Pairs) -> tuple[dict[str, DistillationLoss], dict[str, DistillationLoss]]:
         """Those evaluated where the student's gradients are known, and those evaluated in the forward pass.
 
         With one that needs these gradients go all that can share its passes over the features and its one gradient: all that see the
-        tapped features themselves and not what a trainable adapter makes of them.
+        tapped features themselves and not what parts that train make of them. Those on the head's outputs are in neither.
         """
-        losses = self.distiller.losses
+        losses = {name: loss for name, loss in self.distiller.losses.items() if not _after_the_head(loss)}
         if not any("student_gradients" in loss.needs for loss in losses.values()):
             return {}, losses
         late = {
             name: loss
             for name, loss in losses.items()
-            if "student_gradients" in loss.needs or _same_tensors(self._student_levels(loss, chosen, pairs), chosen.values())
+            if "student_gradients" in loss.needs
+            or (trained_part(loss) is None and _same_tensors(self._student_levels(loss, chosen, pairs), chosen.values()))
         }
         return late, {name: loss for name, loss in losses.items() if name not in late}
 
@@ -199,7 +221,7 @@ class DistillationCall:
         found = self.given_teacher_gradients or self._output().gradients or {}
         # None, a level that no gradient reached, stays None: the losses let it contribute 0.
         gradients = [found.get(name) for _, name in pairs]
-        given = {
+        given: dict[str, dict[str, Any]] = {
             name: {
                 "teacher_gradients": gradients if "teacher_gradients" in loss.needs else None,
                 # Only where needed: boxes that are merely given would put GKD's imitation form inside their mask.
@@ -209,14 +231,49 @@ class DistillationCall:
             }
             for name, loss in losses.items()
         }
+        for name, loss in losses.items():
+            order = self._order(pairs) if not loss.needs.isdisjoint(HEAD_NEEDS) else []
+            if "outputs" in loss.needs:
+                given[name]["teacher_outputs"] = levels_of(cast(HeadOutputs, self._output().outputs), order)
+            if "anchors" in loss.needs:
+                anchors = cast(list[Tensor], self._output().anchors)
+                given[name]["anchors"] = [anchors[i] for i in order]
         return teacher_sides(losses, features, given)
 
-    def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> Tensor:
-        """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity."""
-        if getattr(loss, "granularity", None) not in LEVEL_GRANULARITIES:
-            return cast(Tensor, self._output().losses)[None, :]
-        order = list(self._output().features)
-        return cast(Tensor, self._output().level_losses)[[order.index(name) for _, name in pairs]]
+    def _order(self, pairs: Pairs) -> list[int]:
+        """Where the teacher's paired levels are among those that its head takes."""
+        names = list(self._output().features)
+        taken = len(cast(list[Tensor], self._output().anchors))
+        if taken != len(names):
+            raise ValueError(f"the teacher's head takes {taken} levels, its tap gives {len(names)}: tap what the head takes")
+        return [names.index(name) for _, name in pairs]
+
+    def _student_outputs(self, crosses: bool, pairs: Pairs) -> HeadOutputs:
+        """What the student's head says of the paired levels, or the teacher's head on the student's head features."""
+        distiller = self.distiller
+        adapter: Any = distiller.adapter
+        taken = len(self.head.features)
+        if taken != len(self._names):
+            raise ValueError(f"the student's head takes {taken} levels, its tap gives {len(self._names)}: tap what the head takes")
+        order = [self._names.index(name) for name, _ in pairs]
+        if not crosses:
+            if self._own_outputs is None:
+                self._own_outputs = adapter.head_outputs(unwrap(distiller.student), self.frame[0], self.head)
+            return levels_of(self._own_outputs, order)
+        teacher: Any = distiller.teacher
+        theirs = self._order(pairs)
+        anchors = [cast(list[Tensor], self._output().anchors)[i] for i in theirs]
+        seen = cast(HeadRecord, self._output().head).levels(theirs)
+        return teacher.adapter.cross(unwrap(teacher.model), self.head.levels(order), seen, anchors)
+
+    def _teacher_losses(self, loss: DistillationLoss, pairs: Pairs) -> TeacherLosses:
+        """D_n as (1, N), or D_ln of the taught levels as (L, N), by the loss's granularity; its two parts where the loss asks for them."""
+        output, per_level = self._output(), getattr(loss, "granularity", None) in LEVEL_GRANULARITIES
+        order = list(output.features)
+        rows: Any = [order.index(name) for _, name in pairs] if per_level else None
+        if loss.by_parts:
+            return {part: t[rows] for part, t in cast(dict[str, Tensor], output.level_parts if per_level else output.parts).items()}
+        return cast(Tensor, output.level_losses if per_level else output.losses)[rows]
 
     def _student_levels(self, loss: DistillationLoss, chosen: Features, pairs: Pairs) -> list[Tensor]:
         if not loss.compares_features:
@@ -230,6 +287,11 @@ class DistillationCall:
         if "adapter" in self.distiller.trainable:
             adapter = cast(PyramidAdapter, unwrap(self.distiller.trainable["adapter"]))
             adapter.build(chosen, [self._output().features[name] for _, name in pairs])
+        for loss in self.distiller.losses.values():
+            part = trained_part(loss)
+            if part is not None and part.trainable is None:
+                part.build(self._student_levels(loss, chosen, pairs), [self._output().features[name] for _, name in pairs])
+        self.distiller.keep_trained()
 
     def _evaluate(
         self,
@@ -246,12 +308,28 @@ class DistillationCall:
         while left:
             student = levels[next(iter(left))]
             alike = {name: loss for name, loss in left.items() if _same_tensors(levels[name], student)}
-            for name, terms in term_values(alike, student, sides, gradients).items():
+            for name, terms in self._terms(alike, student, sides, gradients, pairs).items():
                 value = alike[name].reduce(terms)
                 values = self.results.setdefault(name, [])
                 self.record.record(len(values), name, terms, value.detach())
                 values.append(value)
             left = {name: loss for name, loss in left.items() if name not in alike}
+
+    def _terms(
+        self,
+        losses: dict[str, DistillationLoss],
+        student: list[Tensor],
+        sides: dict[str, Any],
+        gradients: list[Tensor | None] | None,
+        pairs: Pairs,
+    ) -> dict[str, Terms]:
+        found: dict[str, Terms] = {}
+        for crosses in (False, True):
+            some = {name: loss for name, loss in losses.items() if loss.crosses == crosses}
+            if some:
+                outputs = self._student_outputs(crosses, pairs) if any("outputs" in loss.needs for loss in some.values()) else None
+                found |= term_values(some, student, sides, gradients, outputs)
+        return found
 
     def _evaluate_explicit(self, losses: dict[str, Tensor]) -> None:
         distiller = self.distiller
@@ -280,6 +358,11 @@ def check_names(argument: str, given: Mapping[str, Any], levels: Mapping[str, An
     """A misnamed gradient would silently count as none."""
     if set(given) != set(levels):
         raise ValueError(f"{argument}: expected the levels {list(levels)} (None for a level without gradient), got {list(given)}")
+
+
+def _after_the_head(loss: DistillationLoss) -> bool:
+    """Whether it has to wait for the student's head, and not for the student's gradients, which come later still."""
+    return "outputs" in loss.needs and "student_gradients" not in loss.needs
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from kdkernels.adapters import PyramidAdapter
 from kdkernels.distillation_call import DistillationCall, cuda_devices
+from kdkernels.head import HeadWatch
 from kdkernels.integrations import DetectorAdapter, find_adapter
 from kdkernels.losses.base import DistillationLoss, NonFinite
+from kdkernels.losses.trainable import Trainable, trained_part
 from kdkernels.tap import Features, FeatureTap, unwrap
 from kdkernels.teacher import Teacher, check_gradient_source
 
@@ -74,14 +76,22 @@ class Distiller:
         if isinstance(teacher, Teacher) and teacher_tap is not None:
             raise ValueError("teacher_tap: the given Teacher has a tap of its own; give its tap= instead")
         self.teacher = teacher if isinstance(teacher, Teacher) else _teacher_beside(student, teacher, teacher_tap)
+        self._check_head_needs()
         self.trainable = nn.ModuleDict()
         if any(loss.compares_features for loss in self.losses.values()):
             self.trainable["adapter"] = PyramidAdapter()
+        self._trained = self._find_trained()
+        self.keep_trained()
         self._call: DistillationCall | None = None
         self._values: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         paths = student_tap or self.adapter.default_tap
-        self._tap = FeatureTap(student, *([paths] if isinstance(paths, str) else paths), replace=self._on_features)
+        paths = (paths,) if isinstance(paths, str) else paths
+        self._check_paths(paths)
+        self._tap = FeatureTap(student, *paths, replace=self._on_features)
+        self._head: HeadWatch | None = None
+        if "outputs" in self.needs:
+            self._head = HeadWatch(student, self.adapter, self.crosses, lambda: None if self._call is None else self._call.head)
         self._frame_hook: Any = None
         if frame_module := getattr(self.adapter, "frame_module", None):
             self._frame_hook = unwrap(student).get_submodule(frame_module).register_forward_hook(self._frame_seen)
@@ -95,13 +105,62 @@ class Distiller:
                 raise TypeError(f"loss {name!r}: expected a loss of this library, got {type(loss).__name__}")
             if loss.reduction != "sum":
                 raise ValueError(f"loss {name!r}: the Distiller adds scalars, so reduction must be 'sum', got {loss.reduction!r}")
-            if self.mode == "inline" and "student_gradients" in loss.needs:
-                if reason := loss.inline_refusal():
-                    raise ValueError(f"loss {name!r} cannot run inside the backward pass: {reason}; use mode='explicit'")
-                if self.gradient_source == "pseudo":
+        if self.mode == "inline":
+            for refusal in inline_refusals(self.losses):
+                raise ValueError(f"{refusal}; use mode='explicit', which takes the student's gradient from the detector's losses alone")
+            for name, loss in self.losses.items():
+                if "student_gradients" in loss.needs and self.gradient_source == "pseudo":
                     raise ValueError(f"loss {name!r}: gradient_source='pseudo' is not the gradient that passes by; use mode='explicit'")
         if self.task_weights and self.mode == "inline":
             raise ValueError("task_weights belong to mode='explicit': inline sees the gradient of whatever sum you call backward on")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the losses need, all together."""
+        return frozenset().union(*(loss.needs for loss in self.losses.values()))
+
+    @property
+    def crosses(self) -> bool:
+        """Whether a loss wants the teacher's head on the student's head features."""
+        return any(loss.crosses for loss in self.losses.values())
+
+    def _check_head_needs(self) -> None:
+        sides: Any = (("student", self.adapter), ("teacher", self.teacher.adapter))
+        for name, loss in self.losses.items():
+            wanted = [(need, side, adapter, "head_outputs") for side, adapter in sides for need in ["outputs"] if need in loss.needs]
+            wanted += [("anchors", *sides[1], "anchors")] if "anchors" in loss.needs else []
+            wanted += [("crossed heads", *sides[1], "cross")] if loss.crosses else []
+            for need, side, adapter, method in wanted:
+                if not hasattr(adapter, method):
+                    kind = type(adapter).__name__
+                    raise ValueError(f"loss {name!r} needs the {side}'s {need}, which {kind} does not give (it has no {method}())")
+            if loss.crosses:
+                # Raises for heads that have nothing to share, before there are hooks.
+                for model, (_, adapter) in zip((self.student, self.teacher.model), sides, strict=True):
+                    adapter.watched(unwrap(model), True)
+
+    def _check_paths(self, paths: tuple[str, ...]) -> None:
+        if len(paths) > 1:
+            for name, loss in self.losses.items():
+                whole = trained_part(loss) is not None or not loss.needs.isdisjoint({"outputs", "anchors"})
+                if whole:
+                    raise ValueError(f"loss {name!r} has to see all levels at once, and a tap of {len(paths)} modules fires one by one")
+
+    def _find_trained(self) -> dict[str, Trainable]:
+        found: dict[str, Trainable] = {}
+        for name, loss in self.losses.items():
+            part = trained_part(loss)
+            if part is not None:
+                if any(part is other for other in found.values()):
+                    raise ValueError(f"loss {name!r} shares its trained parts with another one: give each a loss of its own")
+                found["loss_" + name] = part
+        return found
+
+    def keep_trained(self) -> None:
+        """Enter the losses' trained parts that exist into `trainable`."""
+        for name, part in self._trained.items():
+            if part.trainable is not None and name not in self.trainable:
+                self.trainable[name] = part.trainable
 
     def __call__(
         self,
@@ -146,7 +205,7 @@ class Distiller:
         return features if self._call is None else self._call.student_features(self._tap.level_names(path, features), features)
 
     def build(self, images: Any, targets: Any) -> Distiller:
-        """Make the channel adapters for one sample batch, before an optimiser or DistributedDataParallel looks for parameters.
+        """Make all trainable parts for one sample batch, before an optimiser or DistributedDataParallel looks for parameters.
 
         The student is as it was afterwards: buffers (running statistics) and the random stream are restored.
         """
@@ -172,6 +231,9 @@ class Distiller:
         for name, module in self.trainable.items():
             if any(parameter.requires_grad for parameter in module.parameters()):
                 self.trainable[name] = wrap(module)
+                if name in self._trained:
+                    # The loss has to go through the wrapper, which is what adds up the gradients of all processes.
+                    self._trained[name].trainable = self.trainable[name]
         return self
 
     def last_values(self) -> dict[str, Tensor]:
@@ -188,9 +250,10 @@ class Distiller:
         return {"trainable": parts, "teacher_random_state": self.teacher.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`; the trainable parts must be built. Raises ValueError when the parts differ."""
+        """Restore `state_dict`; the trainable parts must be built. Raises ValueError when they are not, or differ."""
         if set(state["trainable"]) != set(self.trainable):
-            raise ValueError(f"trainable parts: expected {sorted(self.trainable)}, got {sorted(state['trainable'])}")
+            hint = "; call build(images, targets) first" if set(state["trainable"]) > set(self.trainable) else ""
+            raise ValueError(f"trainable parts: expected {sorted(self.trainable)}, got {sorted(state['trainable'])}{hint}")
         for name, module in self.trainable.items():
             unwrap(module).load_state_dict(state["trainable"][name])
         self.teacher.load_state_dict(state["teacher_random_state"])
@@ -200,13 +263,33 @@ class Distiller:
         self._tap.remove()
         if self._owns_teacher:
             self.teacher.close()
-        if self._frame_hook is not None:
-            self._frame_hook.remove()
+        for hook in (self._frame_hook, self._head):
+            if hook is not None:
+                hook.remove()
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def inline_refusals(losses: Mapping[str, DistillationLoss]) -> list[str]:
+    """Why these losses cannot be computed inside the backward pass, a sentence a reason; none if they can."""
+    found = []
+    late = {name: loss for name, loss in losses.items() if "student_gradients" in loss.needs}
+    for name, loss in late.items():
+        reason = loss.inline_refusal()
+        if reason is None and trained_part(loss) is not None:
+            reason = "it has parts that train and needs the student's gradients"
+        if reason is not None:
+            found.append(f"loss {name!r} cannot run inside the backward pass: {reason}")
+    on_outputs = [name for name, loss in losses.items() if "outputs" in loss.needs]
+    if on_outputs and late:
+        found.append(
+            f"losses {on_outputs} act on the head's outputs, so their gradient would be part of the student's gradient that {list(late)} "
+            "see passing by"
+        )
+    return found
 
 
 def _teacher_beside(student: nn.Module, teacher: nn.Module, tap: str | tuple[str, ...] | None) -> Teacher:

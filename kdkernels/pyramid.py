@@ -105,6 +105,19 @@ def stack_levels(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(rows)) if len(rows) else torch.zeros(0, 0)
 
 
+def split_over_images(totals: Tensor, numerators: Tensor) -> Tensor:
+    """(L, N) with the sums `totals` (L,) over the images: of a level's total each image gets its share of the numerators (L, N).
+
+    The shares are constants, so that the sum has the value and the gradient of the totals; equal ones where the numerators are all 0.
+    Where some numerators are not finite, the total stands at their images and 0 at the others.
+    """
+    own = numerators.detach()
+    sums = own.sum(1, keepdim=True)
+    entries = totals[:, None] * torch.where(sums == 0, 1 / max(own.shape[1], 1), own / sums)
+    bad = ~own.isfinite()
+    return torch.where(bad.any(1, keepdim=True), torch.where(bad, totals[:, None], 0), entries)
+
+
 def in_graph(tensors: Iterable[Tensor]) -> bool:
     """Whether what is computed from these needs a backward pass. Without one a torch.autograd.Function is not worth its time, and
     torch.compile cannot trace it."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdkernels.head import HeadRecord, HeadWatch
 from kdkernels.integrations import DetectorAdapter, find_adapter
+from kdkernels.outputs import HeadOutputs
 from kdkernels.tap import Features, FeatureTap, unwrap
 
 # Gradients at coarse levels are near 5e-9, below the smallest fp16 number (6e-8), and some of a head's are 1: 2^14 leaves room on
@@ -21,12 +23,21 @@ PSEUDO_BOXES = 10
 
 
 class TeacherOutput(NamedTuple):
-    """What one batch gives: features without graph, G_T per level (None where no gradient arrived), losses (N,) and (L, N)."""
+    """What one batch gives: features without graph, G_T per level (None where no gradient arrived), losses (N,) and (L, N).
+
+    parts, level_parts: the same of "classification" and "regression" each
+    anchors, outputs: of every level that the head takes;   head: the pass of the head that gave them, where features were asked for
+    """
 
     features: Features
     gradients: dict[str, Tensor | None] | None = None
     losses: Tensor | None = None
     level_losses: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
+    level_parts: dict[str, Tensor] | None = None
+    anchors: list[Tensor] | None = None
+    outputs: HeadOutputs | None = None
+    head: HeadRecord | None = None
 
 
 class Teacher:
@@ -64,7 +75,18 @@ class Teacher:
         self._random_state: dict[str, Tensor] = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         self._seed = seed
 
-    def __call__(self, images: Any, targets: Any, gradients: bool = False, losses: bool = False, per_level: bool = False) -> TeacherOutput:
+    def __call__(
+        self,
+        images: Any,
+        targets: Any,
+        gradients: bool = False,
+        losses: bool = False,
+        per_level: bool = False,
+        anchors: bool = False,
+        outputs: bool = False,
+        crosses: bool = False,
+        parts: bool = False,
+    ) -> TeacherOutput:
         """Run the teacher on a batch that is already in its frame.
 
         Args:
@@ -72,37 +94,68 @@ class Teacher:
             gradients: also differentiate the detection loss with respect to the features.
             losses: also give the teacher's loss on each image against the ground truth, (N,).
             per_level: also take those losses apart by level, (L, N).
+            anchors: also give the anchors.
+            outputs: also give what the head says, from the pass that gradients or losses run anyway, or else from one of its own.
+            crosses: also keep the head's features for `DetectorAdapter.cross`.
+            parts: also give the `losses` of classification and of regression each.
 
         Raises:
-            ValueError: `per_level` of a detector family whose adapter cannot take its losses apart.
+            ValueError: `per_level` or `parts` of a detector family whose adapter cannot take its losses apart so.
         """
         self._leaves.clear()
         self._wants_gradients, self._active = gradients, True
+        head = HeadRecord() if outputs else None
         try:
-            return self._ask(images, targets, gradients, losses, per_level)
+            found = self._ask(images, targets, gradients, losses, per_level, head, crosses, parts)
+            return self._with_head(found, images, anchors, head)
         finally:
             self._active = False
 
-    def _ask(self, images: Any, targets: Any, gradients: bool, losses: bool, per_level: bool) -> TeacherOutput:
+    @torch.no_grad()
+    def _with_head(self, found: TeacherOutput, images: Any, anchors: bool, head: HeadRecord | None) -> TeacherOutput:
+        adapter: Any = self.adapter
+        if head is not None:
+            outputs = adapter.head_outputs(unwrap(self.model), images, head)
+            head.output = None
+            return found._replace(anchors=outputs.anchors, outputs=outputs, head=head)
+        if anchors:
+            return found._replace(anchors=adapter.anchors(unwrap(self.model), images, list(found.features.values())))
+        return found
+
+    def _ask(
+        self,
+        images: Any,
+        targets: Any,
+        gradients: bool,
+        losses: bool,
+        per_level: bool,
+        head: HeadRecord | None,
+        crosses: bool,
+        parts: bool,
+    ) -> TeacherOutput:
         model = self.model
         # Not the protocol: adapters for pseudo ground truth have more than it demands, as `check_gradient_source` has seen.
         adapter: Any = self.adapter
         with self._own_random_stream(), loss_mode(model):
-            if not gradients and not losses and hasattr(adapter, "features"):
-                with torch.no_grad():
-                    adapter.features(model, images)
-                if self._leaves:
-                    return self._output()
-                # The tap lies behind the neck: the head has to run for it.
-            with torch.set_grad_enabled(gradients):
-                if gradients and self.gradient_source == "pseudo":
-                    total = pseudo_losses(adapter, model, images, adapter.features(model, images))
-                    task = None
-                else:
-                    total = task = adapter.losses(model, images, targets)
+            # The first pass is the one that is seen: the head may run again for the losses one by one.
+            with HeadWatch(model, adapter, crosses, lambda: head, detach=True) if head is not None else nullcontext():
+                if not gradients and not losses and hasattr(adapter, "features"):
+                    with torch.no_grad():
+                        features = adapter.features(model, images)
+                        if head is not None:
+                            unwrap(model).get_submodule(adapter.head_module)(list(features.values()))
+                    if self._leaves:
+                        return self._output()
+                    # The tap lies behind the neck: the head has to run for it.
+                with torch.set_grad_enabled(gradients):
+                    if gradients and self.gradient_source == "pseudo":
+                        total = pseudo_losses(adapter, model, images, adapter.features(model, images))
+                        task = None
+                    else:
+                        total = task = adapter.losses(model, images, targets)
             leaves = OrderedDict(self._leaves)
             grads = scaled_gradients(total, leaves) if gradients else None
-            per_image = level_losses = None
+            per_image = level_losses = own_parts = level_parts = None
             if losses:
                 with torch.no_grad():
                     task = adapter.losses(model, images, targets) if task is None else task
@@ -110,10 +163,14 @@ class Teacher:
                     if per_image is None:
                         per_image = self._losses_one_by_one(images, targets)
                     level_losses = adapter.per_image_losses(model, task, True) if per_level else None
+                    if parts and not hasattr(adapter, "per_image_parts"):
+                        raise ValueError(f"{type(adapter).__name__} does not give classification and regression apart (per_image_parts())")
+                    own_parts = adapter.per_image_parts(model, task, False) if parts else None
+                    level_parts = adapter.per_image_parts(model, task, True) if parts and per_level else None
                 if per_level and level_losses is None:
                     raise ValueError(f"{type(adapter).__name__} gives no losses per level: use granularity 'image' or 'batch'")
             self._leaves = leaves
-            return self._output(grads, per_image, level_losses)
+            return self._output(grads, per_image, level_losses, own_parts, level_parts)
 
     def _take(self, path: str, features: Features) -> Features:
         if not self._active:  # somebody else's call of the same model: another Teacher's, or an evaluation

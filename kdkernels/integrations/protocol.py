@@ -27,6 +27,15 @@ class DetectorAdapter(Protocol):
     ``frame_module`` names (torchvision: "transform"). The optional attribute ``excluded_levels`` lists the levels that
     ``levels=None`` leaves out. Adapters that also have ``features(model, images)``, ``head_losses(model, images, features,
     targets)`` and ``detections(model, images, features)`` support pseudo ground truth and a teacher that stops at the neck.
+
+    Losses on the outputs of a dense head ask for more: ``head_module``, its path; it is called with the list of its levels;
+    ``head_outputs(model, images, seen)``, the `HeadOutputs` of the forward pass of which ``seen`` is the `HeadRecord`;
+    ``watched(model, crosses)``, the submodules by name whose outputs that record shall keep besides; ``anchors(model, images,
+    features)``, (A_l, 4) of each level; and for losses that cross heads ``cross(model, student, teacher, anchors)``, the
+    `HeadOutputs` of the teacher's head on the student's head features.
+
+    AID on a loss whose terms are weighed by different parts of the teacher's loss (LD) asks for ``per_image_parts(model, losses,
+    per_level)``: what ``per_image_losses`` is the sum of, by the names "classification" and "regression".
     """
 
     default_tap: str

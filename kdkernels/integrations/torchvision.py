@@ -17,6 +17,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 from kdkernels.integrations.protocol import TaskLosses
+from kdkernels.integrations.torchvision_heads import DenseHead, RegionProposalHead, SoftmaxHead
+from kdkernels.losses.aid import PARTS
 from kdkernels.tap import Features, unwrap
 
 Targets = list[dict[str, Tensor]]
@@ -42,6 +44,14 @@ class TorchvisionAdapter(ABC):
     @abstractmethod
     def head_losses(self, model: Detector, images: ImageList, features: Features, targets: Targets) -> TaskLosses:
         """The losses of a transformed batch from its features; each family has its own."""
+
+    @abstractmethod
+    def per_image_parts(self, model: Detector, losses: TaskLosses, per_level: bool) -> dict[str, Tensor]:
+        """AID's terms of "classification" and of "regression", each (N,), or (L, N) with `per_level`."""
+
+    def per_image_losses(self, model: Detector, losses: TaskLosses, per_level: bool) -> Tensor:
+        parts = self.per_image_parts(model, losses, per_level)
+        return parts["classification"] + parts["regression"]
 
     def features(self, model: Detector, images: ImageList) -> Features:
         features = model.backbone(images.tensors)
@@ -92,14 +102,12 @@ class _MatchOnly:
         return matched
 
 
-class OneStageAdapter(TorchvisionAdapter):
+class OneStageAdapter(DenseHead, TorchvisionAdapter):
     """FCOS and RetinaNet: the loss of a slice of the head's outputs is the head's own loss function on that slice.
 
     AID's terms are classification and box regression (centerness excluded). D_n has image n's own normaliser, the number of
     its foreground anchors; D_ln is the share of level l's anchors with that same normaliser.
     """
-
-    terms = ("classification", "bbox_regression")
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -126,25 +134,23 @@ class OneStageAdapter(TorchvisionAdapter):
         return model.head.compute_loss(o.targets, o.head, o.anchors, o.matched)
 
     @torch.no_grad()
-    def per_image_losses(self, model: Detector, losses: TaskLosses, per_level: bool) -> Tensor:
+    def per_image_parts(self, model: Detector, losses: TaskLosses, per_level: bool) -> dict[str, Tensor]:
         model, o = unwrap(model), losses.outputs
         images = range(len(o.targets))
         if per_level:
-            return torch.stack([self._level_losses(model, o, n) for n in images], dim=1)
-        return torch.stack([self._term_sum(self.loss(model, _slice(o, n, slice(None)))) for n in images])
+            return _by_name(torch.stack([self._level_losses(model, o, n) for n in images], dim=2))
+        return _by_name(torch.stack([_both(self.loss(model, _slice(o, n, slice(None)))) for n in images], dim=1))
 
     def _level_losses(self, model: Detector, o: _OneStage, n: int) -> Tensor:
+        """(2, L): classification and regression of image n, level by level."""
         foreground = (o.matched[n] >= 0).sum().clamp(min=1)
         parts, start = [], 0
         for count in o.anchors_per_level:
             level = slice(start, start + count)
             own = (o.matched[n][level] >= 0).sum().clamp(min=1)
-            parts.append(self._term_sum(self.loss(model, _slice(o, n, level))) * own / foreground)
+            parts.append(_both(self.loss(model, _slice(o, n, level))) * own / foreground)
             start += count
-        return torch.stack(parts)
-
-    def _term_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        return torch.stack([losses[term].float() for term in self.terms]).sum()
+        return torch.stack(parts, dim=1)
 
     def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         levels = list(features.values())
@@ -160,7 +166,16 @@ def _slice(o: _OneStage, n: int, level: slice) -> _OneStage:
     return _OneStage([o.targets[n]], head, [o.anchors[n][level]], [o.matched[n][level]], [])
 
 
-class SSDAdapter(OneStageAdapter):
+def _both(losses: dict[str, Tensor]) -> Tensor:
+    """(2,): classification and regression."""
+    return torch.stack([losses["classification"].float(), losses["bbox_regression"].float()])
+
+
+def _by_name(both: Tensor) -> dict[str, Tensor]:
+    return dict(zip(PARTS, both, strict=True))
+
+
+class SSDAdapter(SoftmaxHead, OneStageAdapter):
     """SSD and SSDlite. Hard negatives are mined per image over all levels, so D_ln sums the per-anchor losses of level l."""
 
     @staticmethod
@@ -187,10 +202,10 @@ class SSDAdapter(OneStageAdapter):
         mined = positive.clone()
         mined[order[:negatives]] = True
         encoded = model.box_coder.encode_single(o.targets[n]["boxes"][matched[positive]], o.anchors[n][positive])
-        per_anchor = torch.where(mined, classification, 0.0)
-        regression = F.smooth_l1_loss(o.head["bbox_regression"][n][positive].float(), encoded, reduction="none").sum(1)
-        per_anchor[positive] += regression
-        return torch.stack([part.sum() for part in per_anchor.split(o.anchors_per_level)]) / positive.sum().clamp(min=1)
+        regression = torch.zeros_like(classification)
+        regression[positive] = F.smooth_l1_loss(o.head["bbox_regression"][n][positive].float(), encoded, reduction="none").sum(1)
+        per_anchor = torch.stack([torch.where(mined, classification, 0.0), regression])
+        return torch.stack([part.sum(1) for part in per_anchor.split(o.anchors_per_level, 1)], dim=1) / positive.sum().clamp(min=1)
 
     def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         levels = list(features.values())
@@ -209,7 +224,7 @@ class _TwoStage(NamedTuple):
     roi_regression: list[Tensor]
 
 
-class FasterRCNNAdapter(TorchvisionAdapter):
+class FasterRCNNAdapter(RegionProposalHead, TorchvisionAdapter):
     """Faster R-CNN: all four losses enter AID. RoI terms have no level, so they go in full to every level, as released.
 
     The anchors that the RPN samples for its loss are drawn once; batch, images and levels share them.
@@ -253,15 +268,17 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         return TaskLosses(losses, outputs)
 
     @torch.no_grad()
-    def per_image_losses(self, model: Detector, losses: TaskLosses, per_level: bool) -> Tensor:
+    def per_image_parts(self, model: Detector, losses: TaskLosses, per_level: bool) -> dict[str, Tensor]:
         model, o = unwrap(model), losses.outputs
         roi_counts = [len(labels) for labels in o.roi_labels]
         roi_parts = zip(o.class_logits.split(roi_counts), o.box_regression.split(roi_counts), o.roi_labels, o.roi_regression, strict=True)
-        roi = torch.stack([sum(fastrcnn_loss(logits, boxes, [labels], [target])) for logits, boxes, labels, target in roi_parts])
-        rpn = torch.stack([self._rpn_losses(model, o, n) for n in range(len(o.labels))], dim=1)
-        return rpn + roi if per_level else rpn.sum(0) + roi
+        found = [torch.stack(fastrcnn_loss(logits, boxes, [labels], [target])) for logits, boxes, labels, target in roi_parts]
+        roi = torch.stack(found, dim=1)
+        rpn = torch.stack([self._rpn_losses(model, o, n) for n in range(len(o.labels))], dim=2)
+        return _by_name(rpn + roi[:, None] if per_level else rpn.sum(1) + roi)
 
     def _rpn_losses(self, model: Detector, o: _TwoStage, n: int) -> Tensor:
+        """(2, L): objectness and regression of image n, level by level."""
         anchors = len(o.labels[n])
         image = slice(n * anchors, (n + 1) * anchors)
         sampled = (o.labels[n] >= 0).sum().clamp(min=1)
@@ -270,11 +287,11 @@ class FasterRCNNAdapter(TorchvisionAdapter):
         for objectness, deltas, labels, regression in zip(*(column.split(o.anchors_per_level) for column in columns), strict=True):
             own = (labels >= 0).sum()
             if own == 0:
-                parts.append(objectness.new_zeros((), dtype=torch.float32))
+                parts.append(objectness.new_zeros(2, dtype=torch.float32))
                 continue
             both = model.rpn.compute_loss(objectness[:, None], deltas, [labels], [regression])
-            parts.append(sum(loss.float() for loss in both) * own / sampled)
-        return torch.stack(parts)
+            parts.append(torch.stack([loss.float() for loss in both]) * own / sampled)
+        return torch.stack(parts, dim=1)
 
     def detections(self, model: Detector, images: ImageList, features: Features) -> Targets:
         training = model.rpn.training, model.roi_heads.training

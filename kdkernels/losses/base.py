@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,48 @@ from .. import ops
 from ..backend import transformed
 from ..ops.box_mask import check_boxes
 from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match
+from ..pyramid import split_over_images as split_over_images
 from ..reference.box_mask import Boxes, is_padded
 
 REDUCTIONS = ("sum", "none")
 ON_NONFINITE = ("flag", "raise")
 #: In place of an image's number: all values were finite.
 NOWHERE = 2**31 - 1
+#: The teacher's own detection loss: all of it, or those of classification and of regression by name.
+TeacherLosses = Tensor | float | Mapping[str, Any]
 # The argument that each member of `DistillationLoss.needs` asks for.
 ARGUMENTS = {
     "student_gradients": ("student_gradients",),
     "teacher_gradients": ("teacher_gradients",),
     "boxes": ("boxes", "image_size"),
     "teacher_losses": ("teacher_losses",),
+    "outputs": ("student_outputs", "teacher_outputs"),
+    "anchors": ("anchors",),
 }
+#: Of those what only some losses take in `teacher_side`.
+HEAD_NEEDS = frozenset({"outputs", "anchors"})
+#: How a method's (L, N) entries come about: each from its own level and image; from a level's total over the batch, split over its images
+#: (`split_over_images`); or with a single row for all levels.
+COUPLINGS = ("separable", "batch-coupled", "level-free")
+
+
+class Method(NamedTuple):
+    """A method as `kdkernels methods` lists it and `kdkernels distill --method` names it.
+
+    name:     "fgd";   title: in words;   paper: where its formula stands, with the code that its defaults come from
+    formula:  in plain text
+    coupling: one of `COUPLINGS`;   a wrapper (AID, PAD) has that of the loss that it wraps
+    options:  what the loss's constructor is given besides
+    wraps:    it takes another loss, `base`
+    """
+
+    name: str
+    title: str
+    paper: str
+    formula: str
+    coupling: str
+    options: Mapping[str, Any] = {}
+    wraps: bool = False
 
 
 class NonFinite(NamedTuple):
@@ -52,20 +81,36 @@ class DistillationLoss(nn.Module):
     A loss is `reduce(terms(student_features, teacher_side(...), student_gradients))`. `teacher_side` holds everything that does not
     depend on the student, so that it can be made before the student's backward; `forward` puts the three together.
 
+    A subclass lists in `methods` what it is known by, and in `PRESETS` the options of its sources by name: an option that is None takes the
+    preset's value.
+
     weight:       factor of all terms
     reduction:    "sum" gives a scalar, "none" the (L, N) matrix of which it is the sum
     on_nonfinite: "flag" keeps a code on the device until `check()`; "raise" looks at every value at once, which synchronises, and
                   raises NonFiniteError
     """
 
+    methods: ClassVar[tuple[Method, ...]] = ()
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     needs: frozenset[str] = frozenset()
     compares_features: bool = False
+    level_free: bool = False
+    #: Whether the `student_outputs` that it needs are those of the teacher's head on the student's features.
+    crosses: bool = False
+    #: Under AID, the part of the teacher's loss that weighs a term, by the term's name: "classification" or "regression". Empty: the whole.
+    weighed_by: Mapping[str, str] = {}
+    #: Whether its `teacher_losses` are to come in these parts.
+    by_parts: bool = False
+    #: The parts with parameters of their own, once they are built: see `Trainable`.
+    trainable: nn.Module | None
     argument_names: tuple[str, ...] = ("student_features", "teacher_features")
 
     def __init__(self, weight: float = 1.0, reduction: str = "sum", on_nonfinite: str = "flag"):
         super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+        # Not a default of the class, which would hide the module that nn.Module keeps under this name.
+        self.trainable = None
         self.weight = float(weight)
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
@@ -82,13 +127,17 @@ class DistillationLoss(nn.Module):
         teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | float | None = None,
+        teacher_losses: TeacherLosses | None = None,
     ) -> Any:
         """Everything that does not depend on the student, detached; to be passed to `terms`."""
         raise TypeError(f"{type(self).__name__} does not define teacher_side")
 
     def terms(self, student_features: Pyramid, side: Any, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
-        """Name of each term -> (L, N), fp32 (fp64 for fp64), with weight and normalisers inside."""
+        """Name of each term -> (L, N), fp32 (fp64 for fp64), with weight and normalisers inside.
+
+        A loss that needs "outputs" takes `student_outputs` besides, and its `teacher_side` takes `teacher_outputs`; one that needs
+        "anchors" takes in `teacher_side` the `anchors` of the teacher, (A_l, 4) xyxy in pixels a level.
+        """
         raise TypeError(f"{type(self).__name__} does not define terms")
 
     def evaluate(self, student_features: Pyramid, teacher_features: Pyramid, **given: Any) -> Tensor:
@@ -96,8 +145,13 @@ class DistillationLoss(nn.Module):
         self.require(given)
         self.check_features(student_features, teacher_features)
         student_gradients = given.pop("student_gradients", None)
+        outputs = {"student_outputs": given.pop("student_outputs")} if "outputs" in self.needs else {}
         side = self.teacher_side(teacher_features, **given)
-        return self.reduce(self.terms(student_features, side, student_gradients))
+        return self.reduce(self.terms(student_features, side, student_gradients, **outputs))
+
+    def coefficient(self, term: str) -> float:
+        """The factor inside the entries of this term, without the normalisers."""
+        return self.weight
 
     def check_features(self, student_features: Pyramid, teacher_features: Pyramid) -> None:
         """Raises ValueError, naming both sides' level shapes, unless the loss can compare these."""
@@ -172,11 +226,31 @@ def level_masks(features: Sequence[Tensor], boxes: Boxes, image_size: tuple[int,
     """
     if image_size is None:
         raise ValueError("boxes were given without image_size, the (H, W) in pixels that the features cover")
+    boxes = boxes_like(features, boxes)
+    return ops.box_mask(boxes, image_size, [(x.shape[2], x.shape[3]) for x in features], *options) if len(features) else []
+
+
+def boxes_like(features: Sequence[Tensor], boxes: Boxes) -> Boxes:
+    """The boxes on the features' device. Raises ValueError unless there are boxes for each image."""
     check_boxes(boxes)
     if len(features) == 0:
-        return []
+        return boxes
     images = boxes[0].shape[0] if is_padded(boxes) else len(boxes)
     batch, device = features[0].shape[0], features[0].device
     if images != batch:
         raise ValueError(f"boxes are of {images} images, the features of {batch}")
-    return ops.box_mask([b.to(device) for b in boxes], image_size, [(x.shape[2], x.shape[3]) for x in features], *options)
+    return [b.to(device) for b in boxes]
+
+
+def preset_options(presets: Mapping[str, Mapping[str, Any]], preset: str, **given: Any) -> dict[str, Any]:
+    """The given options, and of the preset those that are None. Raises ValueError for an unknown preset."""
+    check_choice("preset", preset, tuple(presets))
+    return {name: presets[preset][name] if value is None else value for name, value in given.items()}
+
+
+def level_scaled(rows: Tensor, weight: float, sizes: Sequence[Tensor]) -> Tensor:
+    """`split_over_images` of weight / size times each level's sum of `rows` (L, N); 0 where a level's size, a scalar, is 0."""
+    if not sizes:
+        return rows
+    counted = torch.stack(list(sizes)).to(rows.dtype)
+    return split_over_images(rows.sum(1) * torch.where(counted == 0, 0, weight / torch.where(counted == 0, 1, counted)), rows)

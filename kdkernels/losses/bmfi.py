@@ -11,7 +11,7 @@ from .. import ops
 from ..ops.box_mask import background, check_mask_options
 from ..ops.terms import AttentionTerm, ImitationTerm
 from ..pyramid import Gradients, Pyramid, check_choice, products
-from .base import level_masks
+from .base import Method, level_masks
 from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 MASKS = ("gaussian", "exponential", "area", "binary")
@@ -50,6 +50,15 @@ class BMFILoss(ComposedLoss):
     reduction, on_nonfinite: see DistillationLoss
     """
 
+    methods = (
+        Method(
+            "bmfi",
+            "bounding-box-aware multi-grained feature imitation",
+            "arXiv 2303.04240; lanqz7766/GKD, GKD_BMFI_FeatureLoss",
+            "alpha/N * sum M S Ch (F_S - F_T)^2 + gamma/N * (|Ch_S - Ch_T|_1 + |S_S - S_T|_1) + lambda/(N H W) * sum S Ch (F_S - F_T)^2",
+            "separable",
+        ),
+    )
     compares_features = True
     argument_names = ("student_features", "teacher_features", "boxes", "image_size")
 

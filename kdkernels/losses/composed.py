@@ -12,7 +12,7 @@ from .. import ops
 from ..ops.terms import Term
 from ..pyramid import Gradients, Pyramid, as_pyramid, check_match
 from ..reference.terms import VJP, Factor
-from .base import DistillationLoss
+from .base import ARGUMENTS, HEAD_NEEDS, DistillationLoss, TeacherLosses
 
 Given = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ class ComposedLoss(DistillationLoss):
         teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | float | None = None,
+        teacher_losses: TeacherLosses | None = None,
     ) -> Any:
         given = {
             "teacher_gradients": teacher_gradients,
@@ -97,16 +97,27 @@ def teacher_sides(losses: Mapping[str, DistillationLoss], teacher_features: Pyra
     with torch.no_grad():
         shared = {name: loss for name, loss in losses.items() if isinstance(loss, ComposedLoss) and loss.shares()}
         sides = _sides(shared, teacher_features, given)
-        return {name: sides[name] if name in sides else loss.teacher_side(teacher_features, **given[name]) for name, loss in losses.items()}
+        for name, loss in losses.items():
+            if name not in sides:
+                unused = {argument for need in HEAD_NEEDS - loss.needs for argument in ARGUMENTS[need]}
+                mine = {key: x for key, x in given[name].items() if key not in unused}
+                sides[name] = loss.teacher_side(teacher_features, **mine)
+        return {name: sides[name] for name in losses}
 
 
 def term_values(
-    losses: Mapping[str, DistillationLoss], student_features: Pyramid, sides: Mapping[str, Any], student_gradients: Gradients | None
+    losses: Mapping[str, DistillationLoss],
+    student_features: Pyramid,
+    sides: Mapping[str, Any],
+    student_gradients: Gradients | None,
+    student_outputs: Any = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """`terms` of every loss, from common passes over the student's features."""
+    """`terms` of every loss, from common passes over the student's features. student_outputs: for those that need "outputs"."""
     shared, alone = split_shared(losses)
     found = _values({name: loss.parts(student_features, sides[name], student_gradients) for name, loss in shared.items()}, student_features)
-    found |= {name: loss.terms(student_features, sides[name], student_gradients) for name, loss in alone.items()}
+    for name, loss in alone.items():
+        outputs = {"student_outputs": student_outputs} if "outputs" in loss.needs else {}
+        found[name] = loss.terms(student_features, sides[name], student_gradients, **outputs)
     return {name: found[name] for name in losses}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..outputs import HeadOutputs
 from ..pyramid import Gradients, Pyramid
-from .base import DistillationLoss, NonFinite, NonFiniteError
+from .base import DistillationLoss, NonFinite, NonFiniteError, TeacherLosses
 from .composed import teacher_sides, term_values
 from .one_launch import in_one_launch
 
@@ -29,7 +30,7 @@ class FusedLoss(nn.Module):
             raise ValueError("FusedLoss needs at least one loss")
         for name, loss in losses.items():
             if not isinstance(loss, DistillationLoss):
-                raise TypeError(f"FusedLoss, {name!r}: expected GKDLoss, BMFILoss or AIDLoss; got {type(loss).__name__}")
+                raise TypeError(f"FusedLoss, {name!r}: expected a loss of this library; got {type(loss).__name__}")
         self.losses = nn.ModuleDict(losses)
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.compares_features = any(loss.compares_features for loss in losses.values())
@@ -42,7 +43,10 @@ class FusedLoss(nn.Module):
         teacher_gradients: Gradients | None = None,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        teacher_losses: Tensor | float | None = None,
+        teacher_losses: TeacherLosses | None = None,
+        student_outputs: HeadOutputs | None = None,
+        teacher_outputs: HeadOutputs | None = None,
+        anchors: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """name -> scalar, or (L, N) by that loss's reduction. Raises ValueError naming the loss and the argument that it misses."""
         given: dict[str, Any] = {
@@ -51,16 +55,19 @@ class FusedLoss(nn.Module):
             "boxes": boxes,
             "image_size": image_size,
             "teacher_losses": teacher_losses,
+            "student_outputs": student_outputs,
+            "teacher_outputs": teacher_outputs,
+            "anchors": anchors,
         }
         losses = dict(self._members())
         for name, loss in losses.items():
             loss.require(given, name)
             loss.check_features(student_features, teacher_features)
-        student_gradients = given.pop("student_gradients")
+        student_gradients, student_outputs = given.pop("student_gradients"), given.pop("student_outputs")
         every = in_one_launch(losses, student_features, teacher_features, student_gradients, given)
         if every is None:
             sides = teacher_sides(losses, teacher_features, dict.fromkeys(losses, given))
-            every = term_values(losses, student_features, sides, student_gradients)
+            every = term_values(losses, student_features, sides, student_gradients, student_outputs)
         values = {}
         for name, terms in every.items():
             try:

@@ -13,7 +13,7 @@ from ..ops.map_distance import AVERAGES, DISTANCES, check_map_options
 from ..ops.terms import ImitationTerm, MapTerm
 from ..ops.weighted_channel_sum import ACTIVATIONS, RECTIFIERS
 from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, check_choice, check_match
-from .base import level_masks
+from .base import Method, level_masks
 from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,6 +81,32 @@ class GKDLoss(ComposedLoss):
     A level whose gradient is None contributes 0, and so does, in the imitation form, an image with sum_c |w_c| = 0.
     """
 
+    methods = (
+        Method(
+            "gkd",
+            "gradient-guided distillation, maps",
+            "arXiv 2303.04240, Eq. 1-4; lanqz7766/GKD",
+            "1/(N H W) * sum_hw |M_S - M_T|,  M = minmax(|sum_c w_c A_c|),  w_c = mean_hw dL_det/dA_c",
+            "separable",
+        ),
+        Method(
+            "gkd-imitation",
+            "gradient-weighted feature imitation",
+            "arXiv 2303.04240, abstract; the form is this library's",
+            "1/(N C H W) * sum M_T * C |w_c| / (sum_c |w_c|) * (F_S - F_T)^2",
+            "separable",
+            {"form": "imitation"},
+        ),
+        Method(
+            "cam-only",
+            "GKD's maps inside the boxes",
+            "lanqz7766/AID, Cam_only_FeatureLoss",
+            "weight/N * sum_hw sqrt(M_box) * |M_S - M_T|,  M = minmax(relu(sum_c mean_hw|g_c| |A_c|))",
+            "separable",
+            {"preset": "release", "box_weight": "sqrt_mask", "average": "n", "weight": 0.1},
+        ),
+    )
+    PRESETS = PRESETS
     argument_names = ("student_features", "teacher_features", "student_gradients", "teacher_gradients", "boxes", "image_size")
 
     def __init__(

@@ -16,6 +16,7 @@ from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNe
 from torchvision.ops import MultiScaleRoIAlign
 
 from .backbones import build_backbone, image_statistics, torchvision_body
+from .distribution import DistributionRegression
 from .spec import DetectorSpec
 
 
@@ -45,6 +46,8 @@ def _strides(spec: DetectorSpec) -> list[int]:
 def _fcos(spec: DetectorSpec) -> FCOS:
     anchors = AnchorGenerator(tuple((s,) for s in _strides(spec)), ((1.0,),) * len(_strides(spec)))
     head = FCOSHead(spec.neck_channels, 1, spec.num_classes, spec.head_convs)
+    if spec.reg_max is not None:
+        head.regression_head.bbox_reg = DistributionRegression(head.regression_head.bbox_reg, spec.reg_max)
     return FCOS(build_backbone(spec), spec.num_classes, anchor_generator=anchors, head=head, **_resize(spec), **_post(spec))
 
 
@@ -66,7 +69,10 @@ def _faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     post = {f"box_{k}": v for k, v in _post(spec).items()}
     pool = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
-    return FasterRCNN(build_backbone(spec), spec.num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **_resize(spec), **post)
+    model = FasterRCNN(build_backbone(spec), spec.num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **_resize(spec), **post)
+    if spec.reg_max is not None:
+        model.rpn.head.bbox_pred = DistributionRegression(model.rpn.head.bbox_pred, spec.reg_max, symmetric=True)
+    return model
 
 
 def _ssdlite(spec: DetectorSpec) -> SSD:

@@ -34,11 +34,10 @@ def read_model_json(path: Path) -> tuple[DetectorSpec, list[str]]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_detector(path: str | Path) -> tuple[nn.Module, DetectorSpec, list[str]]:
-    """A detector in eval mode from a run folder, its `best.pt`, or a file in its `checkpoints/`.
+def find_weights(path: str | Path) -> Path:
+    """The file of weights that a run folder means: `best.pt`, or `checkpoints/last.pt` where training has not got that far.
 
-    A run folder means `best.pt`, or `checkpoints/last.pt` where training has not got that far. Of a training checkpoint the EMA is
-    taken when there is one, as in evaluation. Returns the detector, its spec and the class names.
+    A file means itself. Raises FileNotFoundError.
     """
     path = Path(path)
     if path.is_dir():
@@ -46,11 +45,24 @@ def load_detector(path: str | Path) -> tuple[nn.Module, DetectorSpec, list[str]]
         found = [p for p in candidates if p.is_file()]
         if not found:
             raise FileNotFoundError(f"{path} has neither best.pt nor checkpoints/last.pt")
-        path = found[0]
+        return found[0]
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    folder = path.parent if (path.parent / MODEL_FILE).is_file() else path.parent.parent
-    spec, classes = read_model_json(folder / MODEL_FILE)
+    return path
+
+
+def read_spec(path: str | Path) -> tuple[DetectorSpec, list[str]]:
+    """The spec and the class names of the detector that a run folder or a checkpoint in one holds."""
+    return read_model_json(_model_json(find_weights(path)))
+
+
+def load_detector(path: str | Path) -> tuple[nn.Module, DetectorSpec, list[str]]:
+    """A detector in eval mode from a run folder, its `best.pt`, or a file in its `checkpoints/` (see `find_weights`).
+
+    Of a training checkpoint the EMA is taken when there is one, as in evaluation. Returns the detector, its spec and the class names.
+    """
+    path = find_weights(path)
+    spec, classes = read_spec(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "optimizer" in state and isinstance(state.get("model"), dict):
         state = state["ema"] or state["model"]
@@ -58,5 +70,9 @@ def load_detector(path: str | Path) -> tuple[nn.Module, DetectorSpec, list[str]]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the detector in {folder / MODEL_FILE}: {error}") from error
+        raise ValueError(f"{path} does not fit the detector in {_model_json(path)}: {error}") from error
     return model.eval(), spec, classes
+
+
+def _model_json(weights: Path) -> Path:
+    return (weights.parent if (weights.parent / MODEL_FILE).is_file() else weights.parent.parent) / MODEL_FILE

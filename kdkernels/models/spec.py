@@ -35,6 +35,8 @@ class DetectorSpec:
     levels:         pyramid levels. fcos, retinanet: 3 (strides 8 to 32) or 5 (8 to 128).
     anchor_scale:   side of the smallest anchor over the stride of its level (retinanet, fasterrcnn).
     score_thresh, nms_thresh, detections: post-processing.
+    reg_max:        fcos, fasterrcnn: boxes (of fasterrcnn the RPN's) are regressed by a distribution over reg_max + 1 values, see
+                    `DistributionRegression`; None: by plain numbers.
     """
 
     detector: str = "fcos"
@@ -51,6 +53,7 @@ class DetectorSpec:
     score_thresh: float | None = None
     nms_thresh: float | None = None
     detections: int | None = None
+    reg_max: int | None = None
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
@@ -67,6 +70,8 @@ class DetectorSpec:
             raise ValueError(f"there are no pretrained weights for {self.backbone!r}")
         if self.levels not in (None, 3, 5):
             raise ValueError(f"levels is {self.levels}, should be 3 or 5")
+        if self.reg_max is not None and (self.reg_max < 1 or self.detector not in ("fcos", "fasterrcnn")):
+            raise ValueError(f"reg_max is {self.reg_max}, should be None or, with fcos or fasterrcnn, at least 1")
         if self.detector == "fcos" and (self.neck_channels or 32) % 32:
             raise ValueError(f"neck_channels is {self.neck_channels}, should be a multiple of 32 (GroupNorm in the head of fcos)")
 
@@ -76,7 +81,7 @@ class DetectorSpec:
         return self.backbone.startswith("slim")
 
     def resolved(self) -> DetectorSpec:
-        """A copy in which every `None` is replaced by its value."""
+        """A copy in which every `None` is replaced by its value; reg_max None is one."""
         small = not self.backbone.startswith("resnet")
         anchor_scale = {"fcos": 1.0, "retinanet": 4.0, "fasterrcnn": 8.0, "ssdlite": 1.0}[self.detector]
         if small and self.detector in ("retinanet", "fasterrcnn"):
