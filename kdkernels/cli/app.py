@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, data, demo, evaluate, info, inspect_model, train
-from .errors import EXIT_CODES
+from . import bench, compare_methods, data, demo, evaluate, info, inspect_model, methods, train
+from .errors import EXIT_CODES, EXIT_CODES_OF_MANY
 
 app = typer.Typer(
     name="kdkernels",
@@ -16,10 +16,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo", epilog=EXIT_CODES)(demo.demo)
+app.command("demo", epilog=EXIT_CODES_OF_MANY)(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("train", epilog=EXIT_CODES)(train.train)
 app.command("distill", epilog=EXIT_CODES)(train.distill)
+app.command("methods", epilog=EXIT_CODES)(methods.methods)
+app.command("compare-methods", epilog=EXIT_CODES_OF_MANY)(compare_methods.compare_methods)
 app.command("evaluate", epilog=EXIT_CODES)(evaluate.evaluate)
 app.command("inspect", epilog=EXIT_CODES)(inspect_model.inspect)
 app.command("bench", context_settings=bench.FORWARD)(bench.bench)

@@ -37,3 +37,8 @@ def benchmarks() -> ModuleType:
     # In front: `benchmarks` is a common name, and an editable install puts kdkernels alone on the path.
     sys.path.insert(0, str(checkout))
     return importlib.import_module("benchmarks.cli")
+
+
+def measurement(name: str) -> ModuleType:
+    """A module of the benchmarks' `measure`, such as "memory"."""
+    return importlib.import_module(f"{benchmarks().__name__.rpartition('.')[0]}.measure.{name}")

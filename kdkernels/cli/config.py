@@ -20,7 +20,7 @@ from .errors import UserError
 #: The whole configuration in a run folder (config.yaml beside it is the part that the trainer wrote).
 RUN_FILE = "run.yaml"
 
-DEFAULT_LOSSES = "gkd,bmfi"
+DEFAULT_METHODS = "gkd+bmfi"
 
 
 @dataclass
@@ -57,20 +57,26 @@ class ModelSection:
     score_thresh: float | None = None
     nms_thresh: float | None = None
     detections: int | None = None
+    reg_max: int | None = None
 
 
 @dataclass
 class RunConfig:
     """Everything about a run.
 
-    losses: name -> description as `kdkernels.recipes.build_losses` takes it. teacher: a run folder or checkpoint.
+    losses: name -> description as `kdkernels.recipes.build_losses` takes it. teacher: a run folder or checkpoint, or several.
     """
 
     data: DataSection = field(default_factory=DataSection)
     model: ModelSection = field(default_factory=ModelSection)
-    teacher: str | None = None
+    teacher: str | list[str] | None = None
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def teachers(self) -> list[str]:
+        """All of them."""
+        return [self.teacher] if isinstance(self.teacher, str) else self.teacher or []
 
     def to_yaml(self) -> str:
         """YAML that `--config` reads back to the same configuration."""
@@ -101,20 +107,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def make_config(
-    file: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = (), losses: str | None = None, aid: bool = False
+    file: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = (), methods: str | None = None, aid: bool = False
 ) -> RunConfig:
     """The configuration from what a file holds, flags ({"train.epochs": 3}; None is "not given") and `--set` texts.
 
-    losses: comma-separated names that replace the file's losses. aid: weigh every loss by AID.
+    methods: names of methods joined by +, in place of the file's losses. aid: weigh every loss by AID.
     Raises UserError for unknown keys and wrong values.
     """
     values = copy.deepcopy(dict(file))
-    if losses is not None:
-        values["losses"] = {name.strip(): {} for name in losses.split(",") if name.strip()}
+    if methods is not None:
+        values["losses"] = {name.strip(): {} for name in methods.split("+") if name.strip()}
     for key, value in flags.items():
         if value is not None:
             _put(values, key, value)
-    _expand_losses(values)
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -123,10 +128,7 @@ def make_config(
             _put(values, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}: the value is not YAML: {error}") from error
-    config = _typed(values)
-    if aid:
-        config.losses = {name: recipes.with_aid(entry) for name, entry in config.losses.items()}
-    return config
+    return _typed(values, aid)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -142,22 +144,43 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     place[last] = value
 
 
-def _expand_losses(values: dict[str, Any]) -> None:
-    losses = values.get("losses")
-    if losses is None:
-        return
+def _losses(values: Mapping[str, Any], aid: bool, detector: str) -> dict[str, dict[str, Any]]:
+    """The descriptions of the losses with every option that is in force for a student of this kind."""
+    losses = values.get("losses") or {}
     if not isinstance(losses, dict):
         raise UserError(f"losses should be name: options, is {losses!r}")
-    for name, entry in losses.items():
+    found = {}
+    for key, entry in losses.items():
         if not isinstance(entry, dict | None):
-            raise UserError(f"losses.{name} should be option: value, is {entry!r}")
+            raise UserError(f"losses.{key} should be option: value, is {entry!r}")
+        name, options = str(key), {"type": str(key), **(entry or {})}
+        try:
+            found[name] = recipes.expand(name, recipes.with_aid(options) if aid else options, detector)
+        except ValueError as error:
+            raise UserError(f"{error}{_hint(name, options)}") from error
+    return found
+
+
+def _hint(name: str, options: Mapping[str, Any]) -> str:
+    """What a description that is no loss may have been meant to be."""
+    if "," in name:
+        return f"; several methods are joined by +: --method {name.replace(',', '+')}"
+    return "; to weigh every method by AID, name the methods and give --aid" if options["type"] == "aid" and "base" not in options else ""
+
+
+def _detector(model: ModelSection, teachers: list[str]) -> str:
+    """The kind of the student, as far as it can be known before anything is loaded: as `runs.make_spec` chooses it."""
+    if model.detector is not None or not teachers:
+        return model.detector or "fcos"
+    from kdkernels.models import read_spec
+
     try:
-        values["losses"] = {str(name): recipes.expand(str(name), entry) for name, entry in losses.items()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        return read_spec(teachers[0])[0].detector
+    except (OSError, ValueError):  # said where the teacher is loaded
+        return "fcos"
 
 
-def _typed(values: dict[str, Any]) -> RunConfig:
+def _typed(values: dict[str, Any], aid: bool) -> RunConfig:
     _check_keys("", values, KEYS)
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():
@@ -170,9 +193,11 @@ def _typed(values: dict[str, Any]) -> RunConfig:
             parts[name] = section(**{key: _plain(section, f"{name}.{key}", key, value) for key, value in given.items()})
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-    _expand_losses(values)
-    teacher = values.get("teacher")
-    return RunConfig(**parts, teacher=None if teacher is None else str(teacher), losses=values.get("losses") or {})
+    given = values.get("teacher")
+    config = RunConfig(**parts, teacher=list(map(str, given)) if isinstance(given, list) else None if given is None else str(given))
+    if values.get("losses"):
+        config.losses = _losses(values, aid, _detector(config.model, config.teachers))
+    return config
 
 
 def _check_keys(section: str, given: Mapping[str, Any], valid: Sequence[str]) -> None:

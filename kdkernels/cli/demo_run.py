@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,20 +17,17 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels import backend_info, recipes
-from kdkernels.data import DetectionDataset, load_dataset
-from kdkernels.data.synthetic import render_dataset
-from kdkernels.evaluation import evaluate_detector
-from kdkernels.models import DetectorSpec, build_detector, load_detector
+from kdkernels import recipes
+from kdkernels.models import DetectorSpec, load_detector
 from kdkernels.recipes import EQUAL_TIME, PLAIN, STUDENTS, TEACHER, TIMED_BY, Recipe
-from kdkernels.training import TrainResult, train
+from kdkernels.training import TrainResult
 from kdkernels.training.feed import Feed
 
-from .config import DataSection, ModelSection, RunConfig
 from .console import Report, Stages
 from .errors import UserError
+from .stored_runs import ROW, StoredRuns, can_resume, describe_machine, write_json
 
-STATE, ROW, RESULTS = "demo.json", "row.json", "results.json"
+STATE, RESULTS = "demo.json", "results.json"
 #: Execution order within a seed: the run that sets the equal time stands between the two that it is compared with.
 ORDER = (PLAIN, TIMED_BY, EQUAL_TIME, *(name for name in STUDENTS if name not in (PLAIN, TIMED_BY, EQUAL_TIME)))
 #: Bounds of "equal time" in multiples of the student's steps: a stalled machine shall not make a run of hours.
@@ -47,24 +41,27 @@ class DemoRun:
 
     def __init__(self, folder: Path, seeds: int, recipe: Recipe, stages: Stages, fresh: bool = False) -> None:
         self.folder, self.seeds, self.recipe, self.stages = folder, range(seeds), recipe, stages
+        self.runs = StoredRuns(folder, stages)
         self.seconds_before = self._open(fresh)
         self.started = time.monotonic()
 
     def run(self, report: Callable[[DemoRun, dict[str, Any]], None]) -> dict[str, Any]:
         """Everything; `report` is called at the end with the results and writes what stands beside results.json."""
         try:
-            self.train_set = self._data("train", self.recipe.train_images, self.recipe.train_seed)
-            self.val_set = self._data("val", self.recipe.val_images, self.recipe.val_seed)
+            self.train_set = self.runs.data("train", self.recipe.train_images, self.recipe.train_seed)
+            self.val_set = self.runs.data("val", self.recipe.val_images, self.recipe.val_seed)
             rows = [self._teacher_row()]
             teacher = load_detector(self.path(TEACHER))[0]
             for seed in self.seeds:
                 found = {name: self._student_row(name, seed, teacher) for name in ORDER}
                 rows += [found[name] for name in STUDENTS]
-            results = {"data": self._describe_data(), "seconds": 0.0, "rows": rows, **self._describe_run()}
+            seeds = {"train_seed": self.recipe.train_seed, "val_seed": self.recipe.val_seed}
+            data = {**self.runs.describe_data(self.train_set, self.val_set), **seeds}
+            results = {"data": data, "seconds": 0.0, "rows": rows, **self._describe_run()}
             self.stages.line("writing the report")
             results["seconds"] = self._seconds()
             report(self, results)
-            _write_json(self.folder / RESULTS, results)
+            write_json(self.folder / RESULTS, results)
             return results
         finally:
             self._save_state()
@@ -88,7 +85,7 @@ class DemoRun:
                 shutil.rmtree(self.folder / old, ignore_errors=True)
             (self.folder / RESULTS).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(state, {"hash": self._hash(), "recipe": asdict(self.recipe), "seconds": 0.0})
+        write_json(state, {"hash": self._hash(), "recipe": asdict(self.recipe), "seconds": 0.0})
         return 0.0
 
     def _hash(self) -> str:
@@ -98,19 +95,7 @@ class DemoRun:
         return round(self.seconds_before + time.monotonic() - self.started, 1)
 
     def _save_state(self) -> None:
-        _write_json(self.folder / STATE, {"hash": self._hash(), "recipe": asdict(self.recipe), "seconds": self._seconds()})
-
-    def _data(self, part: str, images: int, seed: int) -> DetectionDataset:
-        """Render a data set unless it is there, complete, and read it."""
-        root = self.folder / "data" / part
-        if not root.is_dir():
-            unfinished = root.with_name(part + ".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with self.stages.stage(f"rendering {part} images") as progress:
-                render_dataset(unfinished, images, seed, progress)
-            os.replace(unfinished, root)
-            self.stages.line(f"rendered {images} {part} images")
-        return load_dataset(root, "kitti")
+        write_json(self.folder / STATE, {"hash": self._hash(), "recipe": asdict(self.recipe), "seconds": self._seconds()})
 
     def _teacher_row(self) -> Row:
         recipe, spec = self.recipe, recipes.teacher_spec()
@@ -146,7 +131,7 @@ class DemoRun:
             "steps": result.steps,
             "learning_rate": result.learning_rate,
         }
-        _write_json(done, row)
+        write_json(done, row)
         self.stages.line(f"{title}: mAP {100 * row['map']:.1f}, {steps} steps in {row['train_seconds']:.0f} s")
         return row
 
@@ -155,30 +140,10 @@ class DemoRun:
     ) -> TrainResult:
         losses = recipes.demo_losses(name, self.recipe) if teacher is not None else {}
         inherit = self.recipe.inherit and teacher is not None
-        resume = (folder / "checkpoints" / "last.pt").is_file()
-        config = recipes.train_config(self.recipe, steps, seed, run_dir=str(folder), resume=resume, init_student=inherit)
-        self._run_config(spec, config, bool(losses), name).write(folder)
-        # Every student of a seed is built from the same random stream, so that all have the same weights.
-        torch.manual_seed(seed)
-        model = build_detector(spec)
-
-        def evaluate(detector: nn.Module, data: DetectionDataset) -> dict[str, float]:
-            with self.stages.stage(f"{title}: evaluation") as report:
-                return evaluate_detector(detector, data, progress=report)
-
-        taught = teacher if losses or inherit else None
-        return train(
-            model, spec, self.train_set, self.val_set, config, taught, losses or None, console=False, progress=progress, evaluate=evaluate
-        )
-
-    def _run_config(self, spec: DetectorSpec, config: Any, distils: bool, name: str) -> RunConfig:
-        """The same run as `kdkernels distill` would describe it, so that `evaluate` finds the data."""
-        data = DataSection(root=str(self.folder / "data" / "train"), val=str(self.folder / "data" / "val"))
-        known = {f.name for f in fields(ModelSection)}
-        values: dict[str, Any] = {key: value for key, value in spec.to_dict().items() if key in known}
-        model = ModelSection(**values)
-        losses = recipes.row_entries(name, self.recipe) if distils else {}
-        return RunConfig(data, model, str(self.path(TEACHER)) if distils or config.init_student else None, losses, config)
+        config = recipes.train_config(self.recipe, steps, seed, run_dir=str(folder), resume=can_resume(folder), init_student=inherit)
+        entries = recipes.row_entries(name, self.recipe) if losses else {}
+        self.runs.run_config(spec, config, self.path(TEACHER) if losses or inherit else None, entries).write(folder)
+        return self.runs.train(title, spec, config, (self.train_set, self.val_set), teacher, losses, progress)
 
     def _data_order(self, name: str, seed: int, steps: int, result: TrainResult) -> str:
         """The hash of what was fed: for every student over the first `student_steps` steps, so that those of a seed can be compared.
@@ -198,28 +163,13 @@ class DemoRun:
             raise RuntimeError(f"{name}, seed {seed}: the images fed are not those that the seed gives")
         return prefix
 
-    def _describe_data(self) -> dict[str, Any]:
-        return {
-            "train_images": len(self.train_set),
-            "val_images": len(self.val_set),
-            "train_seed": self.recipe.train_seed,
-            "val_seed": self.recipe.val_seed,
-            "size": [self.train_set.items[0].height, self.train_set.items[0].width],
-            "objects": {"train": self.train_set.class_counts(), "val": self.val_set.class_counts()},
-            "sha256": {part: files_hash(self.folder / "data" / part) for part in ("train", "val")},
-        }
-
     def _describe_run(self) -> dict[str, Any]:
-        packages = ("kdkernels", "torchvision", "numpy", "pycocotools")
         return {
             "inherit": self.recipe.inherit,
             "units": {"map": "COCO AP, 0..1", "map50": "COCO AP50, 0..1", "step_ms": "ms, median", "train_seconds": "s"},
             "data_order": f"of all students: over the first {self.recipe.student_steps} steps",
             "recipe": asdict(self.recipe),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "backend": next((name for name, values in backend_info().items() if values["active"]), None),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, **{p: metadata.version(p) for p in packages}},
+            **describe_machine(),
         }
 
 
@@ -238,17 +188,3 @@ def code_hash() -> str:
         if relative.parts[0] not in ("cli", "report"):
             digest.update(f"{relative.as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def files_hash(root: Path) -> str:
-    """SHA-256 over the names and bytes of all files under a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,10 +14,10 @@ from .console import error_console, escape
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed while running; 2 bad input or usage (nothing was run); "
-    "130 interrupted with Ctrl-C, after the checkpoint was saved (--resume goes on)."
-)
+_CODES = "Exit codes: 0 done; 1 failed while running; 2 bad input or usage (nothing was run); 130 interrupted with Ctrl-C"
+EXIT_CODES = f"{_CODES}, after the checkpoint was saved (--resume goes on)."
+#: Of the commands that make many runs and keep what is finished.
+EXIT_CODES_OF_MANY = f"{_CODES}, with what is done saved (the same command goes on)."
 
 #: Module -> the extra that installs it.
 EXTRAS = {

@@ -35,6 +35,12 @@ class Mode(str, Enum):
     explicit = "explicit"
 
 
+class TeacherWeights(str, Enum):
+    softmax = "softmax"
+    argmin = "argmin"
+    none = "none"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
@@ -91,10 +97,36 @@ Pretrained = Annotated[
     ),
 ]
 
-Teacher = Annotated[Path | None, Option("--teacher", help="Run folder or checkpoint of the teacher.", rich_help_panel=DISTILLATION)]
-Loss = Annotated[
+Teacher = Annotated[
+    list[Path] | None,
+    Option("--teacher", help="Run folder or checkpoint of the teacher; may be repeated for several.", rich_help_panel=DISTILLATION),
+]
+TeacherWeightsOption = Annotated[
+    TeacherWeights | None,
+    Option(
+        "--teacher-weights",
+        help="Of several teachers, image by image: softmax of their own negative losses (default), argmin for the best alone, none.",
+        rich_help_panel=DISTILLATION,
+    ),
+]
+Self = Annotated[
     str | None,
-    Option("--loss", help="Losses with the recipe's weights: gkd, gkd-imitation, bmfi. Default: gkd,bmfi.", rich_help_panel=DISTILLATION),
+    Option(
+        "--self",
+        metavar="CHECKPOINT|ema",
+        help="Self-distillation, in place of --teacher: an earlier run of the same detector, or the student's own moving average.",
+        rich_help_panel=DISTILLATION,
+    ),
+]
+Method = Annotated[
+    str | None,
+    Option(
+        "--method",
+        metavar="NAME[+NAME]",
+        help="Methods that kdkernels methods lists, with the values published for the detector; gkd, gkd-imitation and bmfi with those "
+        "of the demo's recipe. Default: gkd+bmfi.",
+        rich_help_panel=DISTILLATION,
+    ),
 ]
 Aid = Annotated[
     bool | None, Option("--aid", help="Weigh every loss by AID: less where the teacher itself is wrong.", rich_help_panel=DISTILLATION)

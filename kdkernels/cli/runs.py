@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdkernels.recipes import title
+
 from .config import ModelSection, RunConfig
 from .console import main_process, note, progress
 from .errors import UserError, check_backend, checking_input
@@ -96,6 +98,20 @@ def check_teacher(classes: list[str], data: DetectionDataset, path: str) -> None
         raise UserError(f"the teacher {path} detects {', '.join(classes)}, but the classes of the data are {', '.join(data.classes)}")
 
 
+def check_distributions(config: RunConfig, teachers: list[DetectorSpec]) -> None:
+    """Raises UserError unless losses on the distributions of the boxes' sides have them from both, over equally many values."""
+    from kdkernels.recipes import on_distributions
+
+    names = [name for name, entry in config.losses.items() if on_distributions(entry)]
+    sizes = {"the student": config.model.reg_max, **dict(zip(config.teachers, (spec.reg_max for spec in teachers), strict=True))}
+    if names and (None in sizes.values() or len(set(sizes.values())) > 1):
+        found = ", ".join(f"{who} {'none' if size is None else f'reg_max {size}'}" for who, size in sizes.items())
+        raise UserError(
+            f"{', '.join(names)} compares the distributions by which student and teacher regress boxes, and they have: {found}; give "
+            "--set model.reg_max=16 to kdkernels train for the teacher and to kdkernels distill for the student"
+        )
+
+
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises UserError when a new run would overwrite another, or when there is none to resume."""
     last = folder / "checkpoints" / "last.pt"
@@ -110,6 +126,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     import torch
 
     from kdkernels.models import build_detector
+    from kdkernels.multi_teacher import inline_refusals
     from kdkernels.recipes import build_losses
 
     check_backend()
@@ -117,11 +134,16 @@ def run(config: RunConfig) -> dict[str, Any]:
     check_folder(folder, config.train.resume)
     with checking_input():
         losses = build_losses(config.losses)
-    teacher, teacher_spec, teacher_classes = load_model(config.teacher) if config.teacher else (None, None, None)
+    if config.train.mode == "inline":
+        for refusal in inline_refusals(losses, len(config.teachers)):
+            raise UserError(f"{refusal}; give --mode explicit")
+    loaded = [load_model(path) for path in config.teachers]
+    check_distributions(config, [spec for _, spec, _ in loaded])
     train_set, val_set = load_data(config)
-    if teacher_classes is not None:
-        check_teacher(teacher_classes, train_set, str(config.teacher))
-    spec = make_spec(config.model, train_set, teacher_spec)
+    for path, (_, _, classes) in zip(config.teachers, loaded, strict=True):
+        check_teacher(classes, train_set, path)
+    teachers = [model for model, _, _ in loaded]
+    spec = make_spec(config.model, train_set, loaded[0][1] if loaded else None)
     torch.manual_seed(config.train.seed)
     with checking_input():
         model = build_detector(spec)
@@ -129,11 +151,12 @@ def run(config: RunConfig) -> dict[str, Any]:
         if not config.train.resume:
             config.write(folder)
         tell_start(config, spec, train_set, val_set)
-    result = _train(model, spec, train_set, val_set, config, teacher, losses)
+    result = _train(model, spec, train_set, val_set, config, teachers or None, losses)
     found = describe(config, result, spec, train_set, val_set)
     if main_process():
-        if teacher is not None:
-            found["teacher"] = describe_teacher(config, teacher, val_set)
+        described = [describe_teacher(config, *pair, val_set) for pair in zip(config.teachers, teachers, strict=True)]
+        if described:
+            found["teacher"] = described[0] if len(described) == 1 else described
         (folder / RESULT_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -181,19 +204,21 @@ def describe(
     }
 
 
-def describe_teacher(config: RunConfig, teacher: nn.Module, val_set: DetectionDataset) -> dict[str, Any]:
+def describe_teacher(config: RunConfig, path: str, teacher: nn.Module, val_set: DetectionDataset) -> dict[str, Any]:
     """The teacher's row beside the student's: its AP on the same images."""
     from kdkernels.evaluation import evaluate_detector
 
     with progress("evaluating the teacher") as report:
         metrics = evaluate_detector(teacher, val_set, config.train.eval_batch_size, progress=report)
     parameters = sum(p.numel() for p in teacher.parameters())
-    return {"checkpoint": config.teacher, "map": metrics["bbox/AP"], "map50": metrics["bbox/AP50"], "parameters": parameters}
+    return {"checkpoint": path, "map": metrics["bbox/AP"], "map50": metrics["bbox/AP50"], "parameters": parameters}
 
 
 def tell_start(config: RunConfig, spec: DetectorSpec, train_set: DetectionDataset, val_set: DetectionDataset) -> None:
     """What is about to be trained on what, in two lines."""
     note(f"{len(train_set)} training and {len(val_set)} validation images, classes {', '.join(train_set.classes)}")
     what = f"{spec.detector} on {spec.backbone}, {spec.min_size} x {spec.max_size} pixels"
-    taught = f", taught by {config.teacher} with {', '.join(config.losses)} ({config.train.mode})" if config.losses else ""
+    teacher = "its own average" if config.train.teacher_ema else " and ".join(config.teachers)
+    losses = ", ".join(map(title, config.losses, config.losses.values()))
+    taught = f", taught by {teacher} with {losses} ({config.train.mode})" if losses else ""
     note(f"{what}{taught}; run folder {config.train.run_dir}")

@@ -55,7 +55,9 @@ def distill(
     mapping: o.MappingOption = None,
     skip_bad: o.SkipBad = None,
     teacher: o.Teacher = None,
-    loss: o.Loss = None,
+    teacher_weights: o.TeacherWeightsOption = None,
+    self_: o.Self = None,
+    method: o.Method = None,
     aid: o.Aid = None,
     mode: o.ModeOption = None,
     init_student: o.InitStudent = None,
@@ -82,8 +84,10 @@ def distill(
 
     kdkernels distill --data DIR --format kitti --teacher runs/teacher --backbone efficientnet-lite0 --epochs 12 --output runs/student
 
-    Losses and their weights stand under losses in the YAML file: a name, its type (gkd, gkd-imitation, bmfi, aid) and options.
-    --print-config shows them all. On several GPUs: torchrun --nproc-per-node N -m kdkernels distill ...
+    Losses and their weights stand under losses in the YAML file: a name, its type (a method of kdkernels methods) and options.
+    --print-config shows them all. Self-distillation: --self runs/earlier, or --self ema.
+
+    On several GPUs: torchrun --nproc-per-node N -m kdkernels distill ...
     """
     _command("distill", dict(locals()))
 

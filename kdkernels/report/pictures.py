@@ -59,7 +59,7 @@ def draw_gkd_maps(models: Mapping[str, nn.Module], dataset: DetectionDataset, in
             truth = dataset.target(index)
             show_boxes(row[0], truth["boxes"].tolist(), truth["labels"].tolist(), dashed=True)
             for axes, level in zip(row[1:], levels, strict=True):
-                _overlay(axes, pixels, maps[name][i][level], f"level {level}" if i == m == 0 else "")
+                overlay(axes, pixels, maps[name][i][level], f"level {level}" if i == m == 0 else "")
     return save(figure, out)
 
 
@@ -73,13 +73,13 @@ def draw_bmfi_masks(bmfi: BMFILoss, model: nn.Module, dataset: DetectionDataset,
         show_image(panels[i][0], pixels, f"mask {bmfi.mask!r}" if i == 0 else "")
         show_boxes(panels[i][0], truth["boxes"].tolist(), truth["labels"].tolist())
         for axes, level in zip(panels[i][1:], levels, strict=True):
-            _overlay(axes, pixels, masks[i][level], f"level {level}" if i == 0 else "")
+            overlay(axes, pixels, masks[i][level], f"level {level}" if i == 0 else "")
     return save(figure, out)
 
 
 def gkd_maps(model: nn.Module, dataset: DetectionDataset, index: int) -> dict[str, Tensor]:
     """Level -> (H, W) map in 0..1 of one image: |sum of channels weighted by their mean gradient|, min-max normalised (methods: GKD)."""
-    images, targets = _framed(model, dataset, index)
+    images, targets = framed(model, dataset, index)
     teacher = Teacher(model)
     try:
         output = teacher(images, targets, gradients=True)
@@ -98,7 +98,7 @@ def gkd_maps(model: nn.Module, dataset: DetectionDataset, index: int) -> dict[st
 
 def bmfi_masks(bmfi: BMFILoss, model: nn.Module, dataset: DetectionDataset, index: int) -> dict[str, Tensor]:
     """Level -> (H, W) box mask of one image, as `bmfi` makes it for the levels of the model."""
-    images, targets = _framed(model, dataset, index)
+    images, targets = framed(model, dataset, index)
     teacher = Teacher(model)
     try:
         features = teacher(images, targets).features
@@ -110,14 +110,14 @@ def bmfi_masks(bmfi: BMFILoss, model: nn.Module, dataset: DetectionDataset, inde
     return {name: mask[0] for name, mask in zip(features, masks, strict=True)}
 
 
-def _framed(model: Any, dataset: DetectionDataset, index: int) -> tuple[Any, Any]:
+def framed(model: Any, dataset: DetectionDataset, index: int) -> tuple[Any, Any]:
     """One image and its target as the model's own transform makes them."""
     image, target = dataset[index]
     with torch.no_grad():
         return model.transform([image], [target])
 
 
-def _overlay(axes: Any, pixels: np.ndarray, values: Tensor, title: str) -> None:
+def overlay(axes: Any, pixels: np.ndarray, values: Tensor, title: str) -> None:
     """A map over the grey image, stretched to it."""
     height, width = pixels.shape[:2]
     axes.imshow(pixels.mean(axis=2), cmap="gray", alpha=0.6)

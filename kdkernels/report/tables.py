@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
+from kdkernels.recipes import title
+
 #: The row that the others are compared with, seed by seed.
 BASELINE = "student"
 TEACHER = "teacher"
@@ -39,8 +41,8 @@ def demo_table(results: Mapping[str, Any]) -> Table:
             [
                 name,
                 str(len(group)),
-                _with_deviation([100 * row["map"] for row in group]),
-                _with_deviation(gains, sign=True) if compared else "",
+                with_deviation([100 * row["map"] for row in group]),
+                with_deviation(gains, sign=True) if compared else "",
                 ", ".join(f"{gain:+.1f}" for gain in gains) if compared else "",
                 f"{100 * mean(row['map50'] for row in group):.1f}",
                 f"{group[0]['parameters'] / 1e6:.2f} M",
@@ -65,10 +67,13 @@ def run_table(result: Mapping[str, Any]) -> Table:
     """The result.json of `train` or `distill`: the student beside its teacher."""
     columns = ["", "mAP", "mAP50", "parameters", "steps", "ms/step", "train s"]
     rows = []
-    if teacher := result.get("teacher"):
-        rows.append(["teacher", *_ap(teacher), f"{teacher['parameters'] / 1e6:.2f} M", "", "", ""])
+    teachers = result.get("teacher") or []
+    several = isinstance(teachers, list) and len(teachers) > 1
+    for i, teacher in enumerate(teachers if isinstance(teachers, list) else [teachers]):
+        named = f"{TEACHER} {i + 1}, {teacher['checkpoint']}" if several else TEACHER
+        rows.append([named, *_ap(teacher), f"{teacher['parameters'] / 1e6:.2f} M", "", "", ""])
     cost = [str(result["steps"]), f"{result['step_ms']:.0f}", f"{result['train_seconds']:.0f}"]
-    name = f"student + {', '.join(result['losses'])}" if result["losses"] else "trained"
+    name = f"student + {', '.join(map(title, result['losses'], result['losses'].values()))}" if result["losses"] else "trained"
     rows.append([name, *_ap(result), f"{result['parameters'] / 1e6:.2f} M", *cost])
     data = result["data"]
     return Table(f"{data['train_images']} training and {data['val_images']} validation images, COCO AP x 100", columns, rows)
@@ -82,15 +87,15 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     return Table(title, ["class", "AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR100"], [whole, *rows])
 
 
-def to_rich(table: Table) -> Any:
-    """The table for `rich.console.Console.print`."""
+def to_rich(table: Table, justify: Any = "right") -> Any:
+    """The table for `rich.console.Console.print`; `justify`: of the columns behind the first."""
     from rich import table as rich_table
     from rich.console import Group
     from rich.text import Text
 
-    drawn = rich_table.Table(title=Text(table.title))
+    drawn = rich_table.Table(title=Text(table.title) if table.title else None)
     for i, column in enumerate(table.columns):
-        drawn.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+        drawn.add_column(Text(column), justify=justify if i else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return Group(drawn, *map(Text, table.notes))
@@ -110,7 +115,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _with_deviation(values: Sequence[float], sign: bool = False) -> str:
+def with_deviation(values: Sequence[float], sign: bool = False) -> str:
+    """Their mean and, of several, the sample deviation."""
     text = f"{mean(values):+.1f}" if sign else f"{mean(values):.1f}"
     return f"{text} ± {stdev(values):.1f}" if len(values) > 1 else text
 

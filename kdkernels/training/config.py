@@ -15,10 +15,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "device": ("auto", "cpu"),
     "mode": ("inline", "explicit"),
+    "teacher_weights": ("softmax", "argmin", "none"),
     "kd_schedule": ("constant", "linear", "cosine"),
 }
 AT_LEAST_ONE = ("epochs", "batch_size", "accumulation", "nonfinite_patience")
-NOT_NEGATIVE = ("warmup_steps", "kd_warmup_steps", "workers", "eval_every", "weight_decay", "clip_norm", "ema_decay", "seed")
+NOT_NEGATIVE = ("warmup_steps", "kd_warmup_steps", "workers", "eval_every", "weight_decay", "clip_norm", "ema_decay", "teacher_ema", "seed")
 
 
 @dataclass
@@ -38,11 +39,12 @@ class TrainConfig:
     clip_norm:      the gradient's norm is clipped at this; 0 does not clip.
     mixed_precision: "no", "bf16" or "fp16" (a GPU's).
     ema_decay:      0, or the decay of an average of the weights that is then what is evaluated and saved as best.pt.
+    teacher_ema:    0, or the decay of an average of the student's weights that is its teacher (self-distillation; give no other).
     freeze_batchnorm: statistics and parameters of the body's BatchNorm stay as they are; for pretrained backbones and small batches.
     init_student:   copy the teacher's neck and head into the student where shapes agree.
     augment:        give a training set without a transform the standard one (flip, contrast, brightness).
     eval_every:     evaluate every so many epochs; 0 only at the end.
-    mode, levels, student_tap, teacher_tap: of the Distiller.
+    mode, levels, student_tap, teacher_tap: of the Distiller. teacher_weights: of the MultiTeacherDistiller, where there are several.
     kd_warmup_steps: the distillation losses grow linearly over these steps.
     kd_schedule:    "constant", or from 1 at the end of the warm-up to 0 at the last step.
     nonfinite_patience: stop after so many steps in a row with a loss or gradient that is not finite; such steps change no weight.
@@ -65,6 +67,7 @@ class TrainConfig:
     device: str = "auto"
     channels_last: bool = True
     ema_decay: float = 0.0
+    teacher_ema: float = 0.0
     freeze_batchnorm: bool = False
     init_student: bool = False
     augment: bool = True
@@ -75,6 +78,7 @@ class TrainConfig:
     levels: list[str] | None = None
     student_tap: str | None = None
     teacher_tap: str | None = None
+    teacher_weights: str = "softmax"
     kd_warmup_steps: int = 0
     kd_schedule: str = "constant"
     nonfinite_patience: int = 10
@@ -95,8 +99,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, should not be negative")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}, should be at least 1")
-        if self.ema_decay >= 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}, should be less than 1")
+        for name in ("ema_decay", "teacher_ema"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, should be less than 1")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, should be positive")
         if self.resume and self.run_dir is None:

@@ -17,11 +17,12 @@ from kdkernels.models import DetectorSpec, write_model_json
 
 from . import checkpoint
 from .config import TrainConfig
+from .ema import Ema
 from .feed import Batch, Feed
 from .initialise import freeze_batchnorm, init_student, state_hash
 from .interrupt import Interrupt
 from .logbook import Logbook, epoch_line, peak_memory
-from .machine import Machine
+from .machine import Machine, as_teachers
 from .optimizer import kd_factor, make_optimizer, set_rate
 from .result import TrainingDiverged, TrainingInterrupted, TrainResult
 
@@ -42,7 +43,11 @@ class Loop:
         progress: Callable[[int, int], None] | None,
         evaluate: Callable[[nn.Module, DetectionDataset], dict[str, float]] | None,
     ) -> None:
-        if losses and teacher is None:
+        if config.teacher_ema and teacher is not None:
+            raise ValueError("teacher_ema makes the student's average its teacher, so there can be no other")
+        if config.teacher_ema and not losses:
+            raise ValueError("teacher_ema needs losses by which the average teaches")
+        if losses and teacher is None and not config.teacher_ema:
             raise ValueError("losses were given without a teacher")
         if config.init_student and teacher is None:
             raise ValueError("init_student needs a teacher to inherit from")
@@ -77,7 +82,8 @@ class Loop:
         model.train()
         self.inherited = None
         if config.init_student:
-            self.inherited = init_student(model, getattr(teacher, "model", teacher))
+            first = as_teachers(teacher)[0]
+            self.inherited = init_student(model, getattr(first, "model", first))
         self.initial_weights = state_hash(model)
         if config.freeze_batchnorm:
             freeze_batchnorm(model)
@@ -85,6 +91,9 @@ class Loop:
         self.model = model
         machine.place(model)
         self.ema = machine.ema(model)
+        self.teacher = Ema(model, config.teacher_ema) if config.teacher_ema else None
+        if self.teacher is not None:
+            teacher = self.teacher.model
         self.student = machine.wrap(model)
         self.distiller = machine.distiller(self.student, teacher, losses, lambda: next(self.feed.steps(0))[0])
         extra = self.distiller.trainable.parameters() if self.distiller is not None else ()
@@ -153,8 +162,9 @@ class Loop:
         else:
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.ema is not None and not bad_gradient:
-                self.ema.update(self.model)
+            for average in (self.ema, self.teacher):
+                if average is not None and not bad_gradient:
+                    average.update(self.model)
         numbers, stop = machine.average(values, self.interrupt.requested)
         elapsed = time.perf_counter() - start
         self.data_order = self.feed.extend_hash(self.data_order, epoch, in_epoch)
@@ -243,6 +253,8 @@ class Loop:
             "model": _plain(self.model),
             "ema": _plain(self.ema.model) if self.ema is not None else None,
             "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "teacher_ema": _plain(self.teacher.model) if self.teacher is not None else None,
+            "teacher_updates": self.teacher.updates if self.teacher is not None else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.machine.scaler_state(),
             "distiller": self.distiller.state_dict() if self.distiller is not None else None,
@@ -263,6 +275,8 @@ class Loop:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher_ema"], state["teacher_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.machine.load_scaler_state(state["scaler"])
         if self.distiller is not None:

@@ -76,10 +76,17 @@ class Machine:
         if not losses:
             return None
         from kdkernels.distiller import Distiller
+        from kdkernels.multi_teacher import MultiTeacherDistiller
 
-        self.place(getattr(teacher, "model", teacher))
-        config = self.config
-        distiller = Distiller(student, teacher, losses, config.student_tap, config.teacher_tap, levels=config.levels, mode=config.mode)
+        config, teachers = self.config, as_teachers(teacher)
+        for one in teachers:
+            self.place(getattr(one, "model", one))
+        options = {key: getattr(config, key) for key in ("student_tap", "teacher_tap", "levels", "mode")}
+        distiller: Any
+        if len(teachers) == 1:
+            distiller = Distiller(student, teachers[0], losses, **options)
+        else:
+            distiller = MultiTeacherDistiller(student, teachers, losses, config.teacher_weights, **options)
         with self.autocast():
             distiller.build(*self.to_device(*sample()))
         distiller.prepare()
@@ -130,6 +137,11 @@ class Machine:
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
         if self.scales and state is not None:
             self._accelerator.scaler.load_state_dict(state)
+
+
+def as_teachers(teacher: Any) -> list[Any]:
+    """One teacher or several as a list."""
+    return list(teacher) if isinstance(teacher, list | tuple) else [teacher]
 
 
 def _forget_other_settings(cpu: bool, precision: str) -> None:

@@ -36,7 +36,8 @@ def train(
         spec: what `model` is made of, for model.json; needed with `config.run_dir`.
         train_set: `config.augment` gives it the standard transform when it has none.
         val_set: evaluated at the end and every `eval_every` epochs; None does not evaluate.
-        teacher: a detector or a `kdkernels.Teacher`. With `losses` it teaches; with `config.init_student` the student inherits from it.
+        teacher: a detector or a `kdkernels.Teacher`, or a list of several; none with `config.teacher_ema`. With `losses` it teaches;
+            with `config.init_student` the student inherits from it, or from the first.
         losses: name -> distillation loss.
         console: write a line per epoch, and on a terminal a progress bar, to stderr.
         progress: called with (steps done, steps in all) after every step.
