@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkernels.inline import InlinePlan, InlineTap
 from kdkernels.losses import DistillationLoss
@@ -62,6 +64,17 @@ def sample(entry: Entry, inputs: Inputs, mode: str, shapes: list[torch.Size], ge
         given = inputs.get("student_gradients")
         arriving = given if given is not None else [_random_like(x, generator) for x in leaves]
     return Sample(ready, cotangents, arriving)
+
+
+def widened(value: Any) -> Any:
+    """Floating tensors and modules in float64, anywhere in `value`; leaves where they were leaves, integers as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    if isinstance(value, dict):
+        return {key: widened(item) for key, item in value.items()}
+    return type(value)(widened(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _argument(entry: Entry) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from .providers import absent, providers
 from .registry import ENTRIES, QUICK, Case, Entry, all_cases
-from .registry.predicted import ASSUMED_BANDWIDTH, launches, milliseconds, units
+from .registry.predicted import ASSUMED_BANDWIDTH, PREDICTED, launches, milliseconds, units
 from .report.text import number
 
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"predicted for triton at {Case().name}: units (pyramids) moved, and milliseconds")
     print(f"  at {number(ASSUMED_BANDWIDTH / 1e12)} TB/s, an assumption for an H200")
     print("  besides: some microseconds of the host a launch, and PyTorch's own operations on maps and vectors, which are not listed")
-    for entry in ENTRIES.values():
+    for entry in (ENTRIES[name] for name in PREDICTED):
         for mode in entry.modes:
             print(_prediction(entry, mode, Case()))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,16 @@ class Provider:
     primitive: str | None = None
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within it the provider's backend is the chosen one, and torch.compile cannot fall back to eager in silence."""
+    def active(self, tf32: bool = False) -> Iterator[None]:
+        """Within it the provider's backend is the chosen one, and torch.compile cannot fall back to eager in silence.
+
+        tf32: convolutions in fp32 are as PyTorch has them; else none is rounded to TF32, which no tolerance would admit.
+        """
+        with nullcontext() if tf32 else _full_precision(), self._selected():
+            yield
+
+    @contextmanager
+    def _selected(self) -> Iterator[None]:
         if self.backend is not None and self.primitive is not None:
             # Not above: `compare` measures versions of kdkernels that have no such function.
             from kdkernels.backend import assigned
@@ -57,6 +65,15 @@ class Provider:
             yield
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def providers() -> dict[str, Provider]:
     """Name -> provider, for all that can exist; `absent` says which cannot run here."""
     found = {
@@ -73,10 +90,8 @@ def providers() -> dict[str, Provider]:
 
 def absent(provider: Provider, device: torch.device, entry: Entry | None = None, case: Case | None = None) -> str:
     """Why the provider cannot run on this device, or, where they are given, not this entry on this case there; "" when it can."""
-    if provider.backend is None:
-        return ""
-    reason = _absent(provider.backend, device)
-    return reason or ("" if entry is None or case is None else entry.absent(provider.backend, case, device))
+    reason = "" if provider.backend is None else _absent(provider.backend, device)
+    return reason or ("" if entry is None or case is None else entry.absent(provider.backend or provider.name, case, device))
 
 
 def _absent(backend: str, device: torch.device) -> str:

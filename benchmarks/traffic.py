@@ -25,7 +25,7 @@ from .call import sample as ready
 from .choose.run import by_others
 from .providers import BACKENDS, absent, providers, reference_of
 from .registry import ENTRIES, MODES, Case, Entry, flat
-from .registry.predicted import ASSUMED_BANDWIDTH, units
+from .registry.predicted import ASSUMED_BANDWIDTH, PREDICTED, units
 from .report.text import number
 from .run import AXES
 
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--entry", choices=tuple(ENTRIES), default="gkd_bmfi", help="default: %(default)s")
+    parser.add_argument("--entry", choices=tuple(PREDICTED), default="gkd_bmfi", help="default: %(default)s")
     parser.add_argument("--mode", choices=MODES, default="backward", help="default: %(default)s")
     parser.add_argument("--provider", choices=BACKENDS, default="native", help="default: %(default)s")
     for option, (field, values) in AXES.items():

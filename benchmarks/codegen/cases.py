@@ -14,9 +14,15 @@ from torch import Tensor
 from kdkernels import backend
 from kdkernels.triton.attention import attention, attention_backward
 from kdkernels.triton.box_mask import box_mask
+from kdkernels.triton.channel_kl import channel_kl, channel_kl_backward
 from kdkernels.triton.channel_mean import channel_mean, channel_mean_backward
+from kdkernels.triton.correlation import correlation, correlation_backward
+from kdkernels.triton.logit_bce import logit_bce, logit_bce_backward
+from kdkernels.triton.logit_kl import logit_kl, logit_kl_backward
 from kdkernels.triton.map_distance import map_distance, map_distance_backward
+from kdkernels.triton.random_mask import random_mask
 from kdkernels.triton.shared_read import shared_read
+from kdkernels.triton.spatial_pool import pool_weights, pool_weights_backward, spatial_pool
 from kdkernels.triton.weighted_channel_sum import weighted_channel_sum, weighted_channel_sum_backward
 
 from ..call import Sample, bind
@@ -68,6 +74,17 @@ def calls() -> Iterator[Call]:
         yield Call("weighted_channel_sum", _words(absolute=absolute), partial(_weighted_channel_sum, absolute=absolute))
         yield Call("shared_read", _words(absolute=absolute), partial(_shared_read, absolute=absolute))
     yield Call("attention", "", _attention)
+    for beta in (0.0, 1.0, 2.0, 1.5):
+        yield Call("logit_bce", f"beta {beta}", partial(_logit_bce, beta=beta))
+    yield Call("logit_bce", "beta 0.0 weighted", partial(_logit_bce, beta=0.0, weighted=True))
+    for groups in (1, 4):
+        yield Call("logit_kl", f"groups {groups} weighted", partial(_logit_kl, groups=groups))
+    yield Call("random_mask", "", _random_mask)
+    for normalize in ("mean", "softmax"):
+        yield Call("spatial_pool", normalize, partial(_spatial_pool, softmax=normalize == "softmax"))
+    for entropy in (True, False):
+        yield Call("channel_kl", _words(entropy=entropy), partial(_channel_kl, entropy=entropy))
+    yield Call("correlation", "", _correlation)
     for options in _MAP_DISTANCES:
         yield Call("map_distance", _words(**options), partial(_map_distance, **options), on_features=False)
     for kind in _MASKS:
@@ -113,6 +130,40 @@ def _attention(i: Inputs) -> None:
     x = i.pyramid()
     spatial, channel = attention(x, 0.5)
     attention_backward(x, spatial, channel, i.maps(), i.vectors(), 0.5)
+
+
+def _logit_bce(i: Inputs, beta: float, weighted: bool = False) -> None:
+    s, t, weight = i.pyramid(), i.pyramid(), i.maps() if weighted else None
+    logit_bce_backward(logit_bce(s, t, weight, beta), s, t, weight, beta)
+
+
+def _logit_kl(i: Inputs, groups: int) -> None:
+    s, t, weight = i.pyramid(), i.pyramid(), i.maps()
+    logit_kl_backward(logit_kl(s, t, weight, 2.0, groups), s, t, weight, 2.0, groups)
+
+
+def _random_mask(i: Inputs) -> None:
+    random_mask(i.pyramid(), torch.zeros(2, dtype=torch.int64), 1 << 31)
+
+
+def _spatial_pool(i: Inputs, softmax: bool) -> None:
+    x, maps = i.pyramid(), (i.case.batch, [h * w for h, w in i.case.level_sizes], softmax)
+    weights = pool_weights(i.maps(), *maps)
+    spatial_pool(x, weights)
+    # The other gradients are those of a weighted channel sum.
+    pool_weights_backward(weights, i.maps(), i.maps(), *maps)
+
+
+def _channel_kl(i: Inputs, entropy: bool) -> None:
+    s, t = i.pyramid(), i.pyramid()
+    rows, planes = channel_kl(s, t, 1.0, entropy)
+    channel_kl_backward(s, t, planes, rows, 1.0)
+
+
+def _correlation(i: Inputs) -> None:
+    s, t = i.pyramid(), i.pyramid()
+    rows, planes = correlation(s, t, 1e-6)
+    correlation_backward(s, t, planes, rows, rows)
 
 
 #: Every normaliser and distance, and maps that were normalised before they were resized or are weighted.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Sample, bind
+from ..call import Call, Sample, bind, widened
 from ..providers import reference_of
 from ..registry import Entry
 from .agreement import agree, bulk_of
@@ -226,7 +226,7 @@ def _reference(entry: Entry, sample: Sample, mode: str) -> list[Tensor]:
     for known in _answers:
         if known[0] is entry and known[1:3] == (mode, key):
             return known[3]
-    wide = Sample(*(_widened(part) for part in (sample.inputs, sample.cotangents)))
+    wide = Sample(*(widened(part) for part in (sample.inputs, sample.cotangents)))
     with torch.enable_grad():
         answer = bind(entry, reference_of(entry), "forward" if mode == "forward" else "backward", own=False)(wide)
     if mode == "inline":
@@ -234,15 +234,6 @@ def _reference(entry: Entry, sample: Sample, mode: str) -> list[Tensor]:
     _answers.append((entry, mode, key, [x.double() for x in answer]))
     del _answers[:-_KEPT_ANSWERS]
     return _answers[-1][3]
-
-
-def _widened(value: Any) -> Any:
-    """Floating tensors in float64, anywhere in `value`."""
-    if isinstance(value, Tensor):
-        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _widened(item) for key, item in value.items()}
-    return type(value)(_widened(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _balance(arriving: Sequence[Tensor], own: Sequence[Tensor]) -> None:

@@ -52,9 +52,13 @@ class Case:
         return PYRAMIDS[self.pyramid][0]
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        return PYRAMIDS[self.pyramid][1]
+
+    @property
     def level_sizes(self) -> list[tuple[int, int]]:
-        (height, width), strides = PYRAMIDS[self.pyramid]
-        return [(-(-height // stride), -(-width // stride)) for stride in strides]
+        height, width = self.image_size
+        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
 
     @property
     def pixels(self) -> int:
@@ -85,6 +89,8 @@ QUICK: tuple[tuple[str, Case], ...] = (
     ("attention", Case()),
     ("weighted_channel_sum", Case()),
     ("channel_mean", Case()),
+    ("channel_kl", Case()),
+    ("correlation", Case()),
     ("box_mask", Case(boxes=100)),
     ("map_distance", Case()),
     ("gkd_bmfi", Case(dtype="bf16", layout="channels_last")),

@@ -52,7 +52,8 @@ class Entry:
     differentiable: name of the argument, a list of tensors, that the gradient goes to; None where there is no gradient
     losses:         of a method: makes the losses it consists of, for the inline mode and for whole training steps
     tolerances:     dtype -> Tolerance
-    absent:         (backend of kdkernels, case, device) -> why that backend has no call of its own for this entry there, "" where it has
+    absent:         (backend of kdkernels or name of a baseline, case, device) -> why that cannot make this call there, or has none of
+                    its own, "" where it can
     settle:         moves random inputs, in place, off the points where this entry's gradient jumps (see `settle.py`), so that the
                     tolerances hold without exceptions; `inputs` has done it, whoever fills inputs anew does it again
     """

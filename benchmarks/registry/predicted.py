@@ -38,6 +38,7 @@ class Passes(NamedTuple):
 _READ, _READ_BOTH = Launch("reduce.reduce", 1), Launch("reduce.reduce", 2)
 _MEAN = (_READ, Launch("channel_sums.channel_sums", 0))
 _ATTENTION = (_READ, Launch("attention.attention_kernel", 0))
+_COMPARED, _WRITE_COMPARED = Launch("compared_read.read", 2), Launch("compared_write.write", 3)
 _MASK = Launch("box_mask.rasterise", 0)
 _VALUES, _SLOPES = Launch("terms.terms_kernel", 0), Launch("terms.terms_backward_kernel", 0)
 
@@ -79,12 +80,23 @@ def _always(*forward: Launch, backward: tuple[Launch, ...] = ()) -> Callable[[Ca
 
 
 _GKD_BMFI = partial(_terms, before=(*_MEAN, *_ATTENTION, _MASK, *_MEAN))
-#: Entry -> its passes at a case, in a mode.
+#: The gradient is made of the logits again.
+_LOGITS = _always(Launch("logits.kernel", 2), Launch("gradient.sum_parts", 0), backward=(Launch("logits.kernel", 3),))
+#: Entry -> its passes at a case, in a mode: of the primitives and of the methods of arXiv 2303.04240. The others are made of the same
+#: primitives, many of them with convolutions of PyTorch's beside them.
 PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
+    "channel_kl": _always(_COMPARED, Launch("channel_kl.rows", 0), backward=(_WRITE_COMPARED,)),
     "channel_mean": _always(*_MEAN),
+    "correlation": _always(
+        _COMPARED, Launch("correlation.channels", 0), Launch("correlation.rows", 0), backward=(_WRITE_COMPARED,)
+    ),
     "weighted_channel_sum": _always(_READ, backward=(_write(1),)),
     "attention": _always(*_ATTENTION, backward=(Launch("attention.attention_backward_kernel", 0), _write(2))),
+    "random_mask": _always(Launch("random_mask.kernel", 2)),
+    "spatial_pool": _always(Launch("spatial_pool.pool_weights_kernel", 0), *_MEAN, backward=(_write(1),)),
     "feature_imitation": partial(_terms, reads=False),
+    "logit_bce": _LOGITS,
+    "logit_kl": _LOGITS,
     "map_distance": _always(
         Launch("map_distance.map_distance_kernel", 0), backward=(Launch("map_distance.map_distance_backward_kernel", 0),)
     ),

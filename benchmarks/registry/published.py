@@ -6,7 +6,7 @@ features multiplied by the roots of all weights before a squared error. Other th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 EPS, TEMPERATURE, ALPHA, GAMMA = 1e-6, 0.5, 1e-3, 1e-3
 TINY = torch.finfo(torch.float32).tiny
+Profile = Callable[[Tensor, int], Tensor]
 
 
 def normalised(cam: Tensor) -> Tensor:
@@ -57,8 +58,19 @@ def weighted_error(s: Tensor, t: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return F.mse_loss(s, t, reduction="sum")
 
 
-def box_masks(boxes: tuple[Tensor, Tensor], image_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(N, H, W) a level: every box's gaussian window, put on the map by a slice."""
+def gaussian(x: Tensor, half: int) -> Tensor:
+    """A window's profile at its cells x, `half` of its length."""
+    return torch.exp(-0.5 * ((x - half) / half) ** 2)
+
+
+def exponential(x: Tensor, half: int) -> Tensor:
+    return torch.exp(-5e-5 * (x - half) ** 2)
+
+
+def box_masks(
+    boxes: tuple[Tensor, Tensor], image_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]], profile: Profile = gaussian
+) -> list[Tensor]:
+    """(N, H, W) a level: every box's window, put on the map by a slice."""
     padded, counts = boxes
     height, width = image_size
     extent = torch.tensor([width, height, width, height], dtype=torch.float32, device=padded.device)
@@ -72,18 +84,18 @@ def box_masks(boxes: tuple[Tensor, Tensor], image_size: tuple[int, int], level_s
             low, high = scaled[:, :2].floor(), scaled[:, 2:].ceil()
             for k in range(len(clipped)):
                 if (clipped[k, 2:] > clipped[k, :2]).all():
-                    _draw(mask[n], int(low[k, 0]), int(low[k, 1]), int(high[k, 0]), int(high[k, 1]))
+                    _draw(mask[n], int(low[k, 0]), int(low[k, 1]), int(high[k, 0]), int(high[k, 1]), profile)
         masks.append(mask)
     return masks
 
 
-def _draw(mask: Tensor, x1: int, y1: int, x2: int, y2: int) -> None:
+def _draw(mask: Tensor, x1: int, y1: int, x2: int, y2: int, profile: Profile) -> None:
     """The window of one box of cells x1 .. x2 - 1, y1 .. y2 - 1, twice its size and centred, into mask (H, W)."""
     w, h = x2 - x1, y2 - y1
     # The gap on each side: floor((2 w - w) / 2).
     gap_x, gap_y = w // 2, h // 2
     x, y = torch.arange(2 * w, device=mask.device), torch.arange(2 * h, device=mask.device)
-    window = torch.exp(-0.5 * ((y - h) / h) ** 2)[:, None] * torch.exp(-0.5 * ((x - w) / w) ** 2)[None]
+    window = profile(y, h)[:, None] * profile(x, w)[None]
     window[gap_y : gap_y + h, gap_x : gap_x + w] = 1
     window = window / (4 * w * h)
     left, top = x1 - gap_x, y1 - gap_y

@@ -10,9 +10,10 @@ Written through `.data`: a sample's `_version` must not betray to a provider tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .entry import Inputs
@@ -20,20 +21,26 @@ from .vectorised import attention, channel_sum, channel_weights, minmax
 
 #: Least distances: of map values, in units of the map's range; of attentions, whose mean is 1.
 MAP_MARGIN, ATTENTION_MARGIN = 3e-5, 5e-6
+#: Of what a ReLU gets, and of two logits.
+RECTIFIED_MARGIN, NUMBER_MARGIN = 5e-6, 1e-4
 #: From 0, where the extrema themselves are results: a sum close to 0 has a large relative error, and a minimum is the closest.
 SUM_MARGIN = 1e-2
 ROUNDS = 100
-#: Exact in all types.
-FACTOR = 1.0625
+#: Both exact in all types. A maximum where the other map has its own leaves only by shrinking.
+FACTOR, SHRINKING, GROWING = 1.0625, 0.9375, 8
 
 
-def settle_student(inputs: Inputs, maps: bool, attentions: bool) -> None:
-    """The student's features of a method whose gradient goes through GKD's maps, BMFI's attentions or both."""
+def settle_student(inputs: Inputs, maps: bool, attentions: bool, released: bool = False) -> None:
+    """The student's features of a method whose gradient goes through GKD's maps, BMFI's attentions or both.
+
+    released: the maps are those of GKD's released code, of absolute features and gradients.
+    """
     for level, (s, t) in enumerate(zip(inputs["student_features"], inputs["teacher_features"], strict=True)):
         tests = [_attention_test(*attention(t))] if attentions else []
         if maps:
-            weight, other = channel_weights(inputs["student_gradients"][level]), inputs["teacher_gradients"][level]
-            tests.append(_map_test(weight, minmax(channel_sum(t, channel_weights(other)).abs())))
+            value = torch.abs if released else torch.Tensor.detach
+            weight, other = (channel_weights(value(inputs[f"{who}_gradients"][level])) for who in ("student", "teacher"))
+            tests.append(_map_test(weight, minmax(channel_sum(value(t), other).abs()), value=value))
         _settle(s, tests)
 
 
@@ -59,6 +66,20 @@ def settle_maps(m_s: list[Tensor], m_t: list[Tensor]) -> None:
             raise RuntimeError(f"a map of shape {tuple(r.shape)} stays at a point where the gradient jumps")
 
 
+def settle_rectified(features: list[Tensor], convolutions: Iterable[Callable[[Tensor], Tensor]]) -> None:
+    """Features whose convolutions of 3 x 3 cells meet a ReLU: the signs of what these make, numbers of size 1."""
+    for x, convolution in zip(features, convolutions, strict=True):
+        _settle(x, [_sign_test(convolution)])
+
+
+@torch.no_grad()
+def settle_numbers(values: list[Tensor], others: list[Tensor]) -> None:
+    """Numbers of size 1 whose difference's sign counts. Equal ones stay: they are so in every type, and 0 has no sign."""
+    for x, other in zip((x.data for x in values), others, strict=True):
+        apart = (x.double() - other).abs()
+        x.copy_(torch.where((apart > 0) & (apart < NUMBER_MARGIN), other + 0.125, x))
+
+
 def near_extremum(r: Tensor) -> Tensor:
     """(N, H, W): cells that nearly are their map's minimum or maximum."""
     flat = r.flatten(1)
@@ -73,9 +94,11 @@ def near_extremum(r: Tensor) -> Tensor:
 Test = Callable[[Tensor], "tuple[Tensor, Tensor | None]"]
 
 
-def _map_test(weight: Tensor, target: Tensor | None, zero: float = MAP_MARGIN) -> Test:
+def _map_test(
+    weight: Tensor, target: Tensor | None, zero: float = MAP_MARGIN, value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+) -> Test:
     def test(x: Tensor) -> tuple[Tensor, None]:
-        r = channel_sum(x, weight).abs()
+        r = channel_sum(value(x), weight).abs()
         span = r.amax((1, 2), keepdim=True) - r.amin((1, 2), keepdim=True)
         bad = near_extremum(r) | (r < zero * span)
         return bad if target is None else bad | ((minmax(r) - target).abs() < MAP_MARGIN), None
@@ -91,11 +114,20 @@ def _attention_test(target_spatial: Tensor, target_channel: Tensor) -> Test:
     return test
 
 
+def _sign_test(convolution: Callable[[Tensor], Tensor]) -> Test:
+    def test(x: Tensor) -> tuple[Tensor, None]:
+        near = (convolution(x.float()).abs() < RECTIFIED_MARGIN).any(1, keepdim=True)
+        # The neighbours too: a masked cell may be what changes nothing.
+        return F.max_pool2d(near.float(), 3, 1, 1)[:, 0] > 0, None
+
+    return test
+
+
 @torch.no_grad()
 def _settle(x: Tensor, tests: list[Test]) -> None:
     x = x.data
     cells = x.permute(0, 2, 3, 1)
-    for _ in range(ROUNDS):
+    for k in range(ROUNDS):
         bad = torch.zeros_like(cells[..., 0], dtype=torch.bool)
         for test in tests:
             found, channels = test(x)
@@ -108,5 +140,5 @@ def _settle(x: Tensor, tests: list[Test]) -> None:
             if not bad.any():
                 return
             # Other channels' values make another sum; the factor makes another mean of |x|.
-            cells[bad] = cells[bad].roll(1, 1) * FACTOR
+            cells[bad] = cells[bad].roll(1, 1) * (FACTOR if k < GROWING else SHRINKING)
     raise RuntimeError(f"features of shape {tuple(x.shape)} stay at a point where the gradient jumps")

@@ -8,7 +8,7 @@ and the sum with their neighbours and can do nothing with a product that it must
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,10 +60,23 @@ def imitation(s: Tensor, t: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
     return (channel_sum((s.float() - t).square(), channel) * spatial).sum((1, 2))
 
 
+def gaussian(x: Tensor, half: Tensor) -> Tensor:
+    """A window's profile at its cells x, `half` of its length."""
+    return (-0.5 * ((x - half) / half).square()).exp()
+
+
+def exponential(x: Tensor, half: Tensor) -> Tensor:
+    return (-5e-5 * (x - half).square()).exp()
+
+
 def box_masks(
-    boxes: tuple[Tensor, Tensor], image_size: tuple[int, int], level_sizes: Sequence[tuple[int, int]], chunk: int = CHUNK
+    boxes: tuple[Tensor, Tensor],
+    image_size: tuple[int, int],
+    level_sizes: Sequence[tuple[int, int]],
+    chunk: int = CHUNK,
+    profile: Callable[[Tensor, Tensor], Tensor] = gaussian,
 ) -> list[Tensor]:
-    """(N, H, W) a level: BMFI's centred gaussian windows of twice the box, all boxes at once as far as `chunk` elements go."""
+    """(N, H, W) a level: BMFI's centred windows of twice the box, all boxes at once as far as `chunk` elements go."""
     padded, counts = boxes
     n, m = padded.shape[:2]
     # Tensors as divisors: CUDA multiplies by the rounded reciprocal of a Python number.
@@ -73,8 +86,8 @@ def box_masks(
     real = (torch.arange(m, device=padded.device) < counts[:, None]) & (x2 > x1) & (y2 > y1)
     masks = []
     for rows, columns in level_sizes:
-        in_x, profile_x, length_x = _axis(x1, x2, width, columns)
-        in_y, profile_y, length_y = _axis(y1, y2, height, rows)
+        in_x, profile_x, length_x = _axis(x1, x2, width, columns, profile)
+        in_y, profile_y, length_y = _axis(y1, y2, height, rows, profile)
         weight = torch.where(real, 1 / (length_x * length_y).clamp(min=1), 0)[..., None, None]
         mask = padded.new_zeros(n, rows, columns)
         step = max(1, chunk // (n * rows * columns))
@@ -87,7 +100,9 @@ def box_masks(
     return masks
 
 
-def _axis(low: Tensor, high: Tensor, extent: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+def _axis(
+    low: Tensor, high: Tensor, extent: Tensor, cells: int, profile: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """One axis of (N, M) boxes: the box's own cells (N, M, cells), the window's profile (N, M, cells), its length (N, M)."""
     first = (low * cells / extent).floor()
     # Clipped boxes end at `cells` exactly; a compiler's approximate division may say a little more.
@@ -97,8 +112,8 @@ def _axis(low: Tensor, high: Tensor, extent: Tensor, cells: int) -> tuple[Tensor
     u = torch.arange(cells, device=low.device, dtype=torch.float32)
     x = u - (first - ((length - size) / 2).floor())[..., None]
     half = length[..., None] / 2
-    profile = torch.where((x >= 0) & (x < length[..., None]), (-0.5 * ((x - half) / half).square()).exp(), 0)
-    return (u >= first[..., None]) & (u < last[..., None]), profile, length
+    window = torch.where((x >= 0) & (x < length[..., None]), profile(x, half), 0)
+    return (u >= first[..., None]) & (u < last[..., None]), window, length
 
 
 def gkd(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,9 +15,12 @@ from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 from ..codegen.native.table import page as native_codegen_page
 from ..codegen.table import page as codegen_page
 from ..registry import Case
+from ..studies import non_local
 from . import scaling
 from .cells import Cell, Record, cells
 from .kernels import one_case, overview
+from .methods import METHODS, block
+from .methods import overview as methods
 from .origin import device
 from .page import NOT_MEASURED, pictures
 from .run import load, result_files, write
@@ -25,7 +29,9 @@ from .steps import by_provider, setup_table, setups
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/gkd-ablation.md", "docs/real-data.md")
+METHOD_PAGES = tuple(sorted(f"docs/methods/{path.name}" for path in (ROOT / "docs" / "methods").glob("*.md")))
+PAGES = ("benchmarks", "gkd-ablation", "methods", "non-local", "real-data")
+DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), *METHOD_PAGES)
 PICTURES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -84,6 +90,12 @@ def step_cost() -> str:
     rows = [[name, f"{found['median_ms'][name]:.0f}", f"{ratio:.2f}"] for name, ratio in ratios.items()]
     title = f"A training step, {found['threads']} thread, {found['rounds']} rounds, torch {found['torch']}"
     return to_markdown(Table(title, ["", "ms", "times the plain step"], rows))
+
+
+def orders_of_products() -> str:
+    """A table a device."""
+    files = sorted(RESULTS.parent.glob(f"*/{non_local.NAME}"))
+    return "\n".join(to_markdown(non_local.table(json.loads(path.read_text()))) for path in files) or NOT_MEASURED
 
 
 def order(study: str) -> list[str]:
@@ -154,9 +166,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-map": lambda: ablation("map"),
     "gkd-map-diagnosis": diagnosis,
     "aid-weights": aid_weights,
+    "non-local": orders_of_products,
     "ablation-aid": lambda: ablation("aid"),
     "real-kitti": lambda: real("kitti"),
     "real-coco-traffic": lambda: real("coco-traffic"),
+    "methods": methods,
+    **{f"method-{name}": partial(block, name) for name in METHODS},
 }
 
 

@@ -17,7 +17,7 @@ from ..providers import BACKENDS, BASELINES, absent, providers
 from ..registry import ENTRIES
 from .pairs import PAIRS
 from .session import Session
-from .step import Variant, variants
+from .step import Variant, has_step, variants
 from .table import table
 
 MODES = ("inline", "explicit")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option}", type=choices(known), default=default, metavar="LIST", help=text)
 
     several("pair", tuple(PAIRS), None, "fcos-small on a CPU, else fcos-r101-r50")
-    several("loss", [entry.name for entry in ENTRIES.values() if entry.losses is not None], ["gkd_bmfi"], "gkd_bmfi")
+    several("loss", [entry.name for entry in ENTRIES.values() if has_step(entry)], ["gkd_bmfi"], "gkd_bmfi")
     several("provider", (*BASELINES, *BACKENDS), None, "eager, compile and the backends of kdkernels that run here")
     several("mode", MODES, MODES, "both")
     parser.add_argument("--threads", type=whole, help="of torch on a CPU")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kdkernels import Distiller, Teacher
 from kdkernels.losses import DistillationLoss
+from kdkernels.losses.base import HEAD_NEEDS
+from kdkernels.losses.trainable import trained_part
 
 from ..providers import Provider
 from ..registry import Entry
@@ -114,7 +116,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         """The sum of the losses (of inline ones the value is not in it)."""
-        with self.provider.active() if self.provider else nullcontext():
+        with self.provider.active(tf32=True) if self.provider else nullcontext():
             total = torch.stack(list(self._losses().values())).sum()
             total.backward()
             self._optimizer.step()
@@ -124,7 +126,7 @@ class Step:
     def gradient(self, factor: float = 1.0) -> Tensor:
         """The gradient at all parameters in one row, (P,), with distillation counted `factor` times; changes no parameter."""
         self.bench.reset()
-        with self.provider.active() if self.provider else nullcontext():
+        with self.provider.active(tf32=True) if self.provider else nullcontext():
             weighted = [value * factor if name.startswith("kd_") else value for name, value in self._losses().items()]
             torch.stack(weighted).sum().backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters()]
@@ -135,6 +137,13 @@ class Step:
         with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=self.bench.amp):
             losses = self._forward(*self.bench.batch)
         return {name: loss.float() for name, loss in losses.items()}
+
+
+def has_step(entry: Entry) -> bool:
+    """Whether its functions can stand in a step for its losses, in both modes: they get features, gradients, boxes and the teacher's losses
+    there, and nothing that trains."""
+    losses = [] if entry.losses is None else list(entry.losses().values())
+    return bool(losses) and not any(loss.needs & HEAD_NEEDS or trained_part(loss) or loss.inline_refusal() for loss in losses)
 
 
 def _losses(entry: Entry) -> dict[str, DistillationLoss]:
