@@ -18,10 +18,13 @@ from kdkernels.tables import LAYOUTS
 
 HOPPER = (9, 0)
 KEY = "channel_mean bf16 contiguous small"
-PRIMITIVES = [name for name in backend._implementations["reference"] if name != "normalize_map"]
+PRIMITIVES = [name for name in backend._implementations["reference"] if name not in backend._unfused()]
 #: Those that have kernels of their own whatever was measured, and what is said of the others where nothing was.
 FUSED = tuple(name for name in PRIMITIVES if name != "terms_persistent")
-UNFUSED = {"normalize_map": "not fused", "terms_persistent": "made of other primitives, as it was not measured as faster"}
+UNFUSED = {
+    **dict.fromkeys(backend._unfused(), "not fused"),
+    "terms_persistent": "made of other primitives, as it was not measured as faster",
+}
 FORMATS = dict(zip(LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
 #: Elements of a level of two images of each size.
 ELEMENTS = {"small": 1 << 10, "medium": 1 << 21, "large": 1 << 25, "huge": 1 << 27}

@@ -88,11 +88,15 @@ def primitives(given: dict[str, Any]) -> Tensor:
     other, _, _ = functional.shared_read(teacher, weights)
     spatial, channel = functional.attention(student)
     masks = functional.box_mask(given["boxes"], IMAGE, [(4, 5)])
+    masked = functional.random_mask(student, torch.ones(2, dtype=torch.int64, device=student[0].device), 0.5)
     values = [
+        functional.spatial_pool(masked, own, "softmax")[0],
         functional.map_distance(own, other, spatial=masks),
         functional.feature_imitation(student, teacher, masks, weights),
         functional.terms(student, [(MapTerm(weights, other, None, *OPTIONS), 1.0), (AttentionTerm(masks, weights, 0.5), 0.3)])[1],
         functional.channel_mean(student)[0],
+        functional.logit_bce(student, teacher, masks, 1.0),
+        functional.logit_kl(student, teacher, masks, 2.0, 3),
     ]
     parts = [*values, *(b - a for a, b in zip(low, high, strict=True)), *(x.square() for x in (*spatial, *channel))]
     return sum(part.sum() for part in parts) + functional.normalize_map(own[0]).sum()
@@ -143,8 +147,14 @@ DIFFERENTIABLE: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
     "channel_mean": lambda x, t: functional.channel_mean(x, "abs")[0].square().sum(),
     "weighted_channel_sum": lambda x, t: functional.weighted_channel_sum(x, [a[:, :, 0, 0] for a in t])[0][0].square().sum(),
     "attention": lambda x, t: functional.attention(x)[0][0].square().sum(),
+    "logit_bce": lambda x, t: functional.logit_bce(x, t, None, 1.0).sum(),
+    "logit_kl": lambda x, t: functional.logit_kl(x, t, [a[:, 0] for a in t], 2.0).sum(),
+    "random_mask": lambda x, t: functional.random_mask(x, torch.ones(2, dtype=torch.int64, device=x[0].device), 0.5)[0].square().sum(),
+    "spatial_pool": lambda x, t: functional.spatial_pool(x, [a[:, 0] for a in t], "softmax")[0].square().sum(),
     "map_distance": lambda x, t: functional.map_distance([a[:, 0] for a in x], [a[:, 0] for a in t], distance="mse").sum(),
     "feature_imitation": lambda x, t: functional.feature_imitation(x, t).sum(),
+    "channel_kl": lambda x, t: functional.channel_kl(x, t).sum(),
+    "correlation": lambda x, t: functional.correlation(x, t).sum(),
     "fused": lambda x, t: programs()["fused"]({**arguments(2, x[0].device.type), "student_features": x, "teacher_features": t}),
 }
 

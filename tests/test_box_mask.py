@@ -165,6 +165,12 @@ def test_floor_and_ceil_take_the_product_before_the_quotient():
         _check([np.array([[x1, y1, x1 + w, y1 + h]], dtype=np.float64)], (375, 1333), [(12, 42)], kind="binary")
 
 
+def test_assigned_keeps_one_cell_of_a_box_without_a_whole_one():
+    # The released code looks at both axes at once: a box that is thinner than a cell one way marks a single cell.
+    got = _check([np.array([[62.0, 3.0, 96.0, 14.0]])], (64, 96), [(3, 5)], kind="assigned")
+    assert got[0].sum() == 1
+
+
 @pytest.mark.parametrize("side", [20.0, 55.9, 56.0, 111.0, 112.0, 223.5, 224.0, 448.0, 1000.0])
 def test_assigned_puts_a_box_on_one_level(side):
     got = _check([np.array([[8.0, 8.0, 8.0 + side, 8.0 + side]])], (1024, 1024), [(32, 32), (16, 16), (8, 8)], kind="assigned")

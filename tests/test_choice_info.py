@@ -128,7 +128,7 @@ def test_info_of_a_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert info["native"]["reason"] == "" and info["native"]["libraries"] == {"cpu": "", "cuda": "it was not built"}
     assert set(info["native"]["primitives"].values()) == {"named, but calls raise: it was not built"}
     kdkernels.set_backend("reference")
-    assert kdkernels.backend_info()["reference"]["primitives"].keys() == {*PRIMITIVES, "normalize_map"}
+    assert kdkernels.backend_info()["reference"]["primitives"].keys() == {*PRIMITIVES, *UNFUSED}
     monkeypatch.setattr(backend, "_choice", "fast")
     assert all(entry["primitives"] == {} and not entry["active"] for entry in kdkernels.backend_info().values())
 

@@ -11,7 +11,20 @@ import torch
 from cli import kdkernels
 from torch import nn
 
-COMMANDS = ["demo", "train", "distill", "evaluate", "inspect", "info", "data", "data synthetic", "data check", "data convert"]
+COMMANDS = [
+    "demo",
+    "train",
+    "distill",
+    "evaluate",
+    "inspect",
+    "info",
+    "methods",
+    "compare-methods",
+    "data",
+    "data synthetic",
+    "data check",
+    "data convert",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -21,7 +34,8 @@ def test_help_of_every_command_says_what_it_does_and_the_exit_codes(command: str
     assert result.exit_code == 0
     assert f"Usage: kdkernels {command}" in text or f"Usage: root {command}" in text
     assert "Exit codes: 0 done; 1 failed while running; 2 bad input or usage" in text
-    assert "130 interrupted" in text
+    goes_on = "the same command goes on" if command in ("demo", "compare-methods") else "--resume goes on"
+    assert "130 interrupted" in text and goes_on in text and ("--resume" in goes_on) == ("--resume" in text)
 
 
 def test_all_commands_are_listed_without_loading_torchvision() -> None:
@@ -34,7 +48,7 @@ def test_all_commands_are_listed_without_loading_torchvision() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.rstrip().endswith("[]")
-    assert all(f"│ {command} " in run.stdout for command in COMMANDS[:7])
+    assert all(f"│ {command} " in run.stdout for command in COMMANDS[:9])
 
 
 def test_without_typer_the_extra_is_named() -> None:

@@ -29,8 +29,10 @@ def test_print_config_has_every_key_and_reads_back_as_itself(tmp_path: Path) -> 
     assert first["data"]["root"] == "here" and first["teacher"] == "t"
     assert (first["model"]["min_size"], first["model"]["max_size"]) == (96, 320)
     assert first["train"]["learning_rate"] == 1e-3 and first["train"]["run_dir"] == "runs/distill"
-    assert first["losses"]["bmfi"] == {"type": "aid", "alpha": 0.1, "base": {**recipes.LOSSES["bmfi"], "lambda_": 0.2}}
-    assert first["losses"]["gkd"]["base"] == recipes.LOSSES["gkd"]
+    bmfi, gkd = first["losses"]["bmfi"], first["losses"]["gkd"]
+    assert (bmfi["type"], bmfi["alpha"], bmfi["granularity"]) == ("aid", 0.1, None)
+    assert bmfi["base"] == {**bmfi["base"], **recipes.LOSSES["bmfi"], "lambda_": 0.2} and bmfi["base"]["expand"] == 2.0
+    assert gkd["base"] == {**gkd["base"], **recipes.LOSSES["gkd"], "preset": "paper"}
 
 
 def test_flags_win_over_the_file_and_set_over_the_flags(tmp_path: Path) -> None:
@@ -51,10 +53,10 @@ OTHER = {
     "data.root": "r", "data.val": "v", "data.format": "coco", "data.mapping": "grouped", "data.size": 64,
     "model.detector": "retinanet", "model.backbone": "resnet18", "model.min_size": 64, "model.max_size": 128, "model.pretrained": True,
     "model.neck_channels": 32, "model.neck_norm": False, "model.head_convs": 1, "model.levels": 5, "model.anchor_scale": 2.0,
-    "model.score_thresh": 0.1, "model.nms_thresh": 0.4, "model.detections": 7,
+    "model.score_thresh": 0.1, "model.nms_thresh": 0.4, "model.detections": 7, "model.reg_max": 16,
     "train.run_dir": "x", "train.steps": 7, "train.optimizer": "sgd", "train.learning_rate": 0.5, "train.schedule": "step",
     "train.mixed_precision": "bf16", "train.device": "cpu", "train.mode": "explicit", "train.levels": ["0"], "train.student_tap": "a",
-    "train.teacher_tap": "b", "train.kd_schedule": "cosine",
+    "train.teacher_tap": "b", "train.kd_schedule": "cosine", "train.teacher_weights": "argmin",
 }  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def test_losses_of_a_file_start_from_the_recipe_and_keep_their_names(tmp_path: P
     assert isinstance(losses["bmfi"], BMFILoss) and (losses["bmfi"].alpha, losses["bmfi"].lambda_) == (2e-3, 0.3)
     assert isinstance(losses["imitation"], GKDLoss) and (losses["imitation"].form, losses["imitation"].weight) == ("imitation", 5)
     assert isinstance(losses["careful"], AIDLoss) and losses["careful"].alpha == 0.2 and isinstance(losses["careful"].base, GKDLoss)
-    assert printed("distill", "-c", file, "--loss", "gkd")["losses"] == {"gkd": recipes.LOSSES["gkd"]}
+    assert printed("distill", "-c", file, "--method", "gkd")["losses"] == {"gkd": recipes.expand("gkd", None)}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,11 @@ def test_losses_of_a_file_start_from_the_recipe_and_keep_their_names(tmp_path: P
         (["--set", "model.levels=x"], "model.levels is 'x', should be int or nothing"),
         (["--set", "data=3"], "data should be key: value, is 3"),
         (["--size", "96"], "--size 96: write two numbers of pixels, such as 96x320"),
-        (["--loss", "gkd,fgd"], "loss 'fgd': unknown type 'fgd'; the types are gkd, gkd-imitation, bmfi, aid"),
+        (["--method", "gkd+nonsense"], "loss 'nonsense': unknown type 'nonsense'; the types are "),
+        (["--method", "fgd,cwd"], "several methods are joined by +: --method fgd+cwd"),
+        (["--method", "gkd+aid"], "to weigh every method by AID, name the methods and give --aid"),
+        (["--teacher", "t", "--teacher-weights", "softmax"], "--teacher-weights is about several teachers: give --teacher more than once"),
+        (["--self", "ema", "--teacher-weights", "argmin"], "--teacher-weights is about several teachers"),
         (["--set", "losses.x={type: aid}"], "loss 'x': type aid needs base"),
         (["--set", "losses=3"], "losses should be name: options, is 3"),
         (["--config", "no/such.yaml"], "there is no configuration no/such.yaml"),
@@ -137,7 +143,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"type": "bmfi", "alfa": 1}, "loss 'x': unknown options alfa; bmfi has weight, alpha"),
+        ({"type": "bmfi", "alfa": 1}, "loss 'x': method 'bmfi': unknown options alfa; it has weight, alpha"),
         ({"type": "bmfi", "mask": "round"}, "loss 'x': mask"),
         ({"type": "gkd", "weight": "much"}, "loss 'x': "),
         ({"type": "aid", "base": {"type": "gkd", "distance": "l3"}}, "loss 'x': distance"),

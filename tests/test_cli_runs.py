@@ -66,7 +66,7 @@ def test_the_result_has_the_students_numbers_and_the_teachers_beside(runs: Runs)
     assert 0 <= result["map"] <= result["map50"] <= 1 and result["metrics"]["bbox/AP"] == result["map"]
     assert list(result["losses"]) == ["gkd", "bmfi"] and result["mode"] == "inline"
     assert result["data"]["train_images"] + result["data"]["val_images"] == 8
-    assert "student + gkd, bmfi" in runs.stdout and "teacher" in runs.stdout
+    assert "student + AID-gkd, AID-bmfi" in runs.stdout and "teacher" in runs.stdout
 
 
 def test_the_students_size_is_the_teachers_and_the_teachers_that_of_the_data(runs: Runs) -> None:
@@ -132,7 +132,7 @@ def test_resume_takes_the_configuration_from_the_folder_and_only_that(runs: Runs
     assert "resumed at step 2 of 2" in result.stderr
     assert (folder / "run.yaml").read_text(encoding="utf-8") == config
     assert "steps was 2, is 3" in _refused("distill", "--resume", "-o", folder, "--steps", "3")
-    assert "losses was" in _refused("distill", "--resume", "-o", folder, "--loss", "bmfi")
+    assert "losses was" in _refused("distill", "--resume", "-o", folder, "--method", "bmfi")
     assert "there is nothing to resume" in _refused("distill", "--resume", "-o", tmp_path / "none")
     assert (folder / "run.yaml").read_text(encoding="utf-8") == config
 
@@ -143,7 +143,7 @@ def test_resume_takes_the_configuration_from_the_folder_and_only_that(runs: Runs
         (("train",), "there is no data: give --data DIR"),
         (("distill", "--data", "x"), "there is no teacher: give --teacher"),
         (("distill", "--data", "x", "--teacher", "no/teacher"), "there is no checkpoint no/teacher"),
-        (("distill", "--data", "x", "--teacher", "t", "--loss", ""), "there are no losses"),
+        (("distill", "--data", "x", "--teacher", "t", "--method", ""), "there are no losses"),
         (("train", "--data", "x", "--set", "losses.bmfi={}"), "the configuration has losses: use kdkernels distill"),
         (("train", "--data", "no/data"), "no KITTI data in no/data"),
     ],
@@ -158,7 +158,8 @@ def test_what_is_missing_is_said_before_anything_runs(arguments: tuple[str, ...]
     [
         (("--backbone", "vgg"), "backbone is 'vgg', should be one of"),
         (("--set", "losses.bmfi.mask=round"), "loss 'bmfi': mask"),
-        (("--set", "losses.gkd.normalize=softmax"), "loss 'gkd' cannot run inside the backward pass"),
+        (("--set", "losses.gkd.normalize=softmax"), "loss 'gkd' cannot run inside the backward pass: normalize="),
+        (("--set", "losses.gkd.grad_mode=second_order"), "needs a graph of the student's gradients; give --mode explicit"),
         (("--precision", "fp16"), "fp16' needs a GPU"),
     ],
 )
@@ -198,12 +199,62 @@ def test_separate_validation_data_and_an_inherited_head(runs: Runs, tmp_path: Pa
     kdkernels("data", "synthetic", tmp_path / "val", "-n", "3", "--seed", "2")
     result = kdkernels(
         "distill", "--data", runs.data, "--val-data", tmp_path / "val", "--teacher", runs.teacher / "best.pt", *TINY,
-        "--loss", "bmfi", "--init-student", "--mode", "explicit", "-o", tmp_path / "run",
+        "--method", "bmfi", "--init-student", "--mode", "explicit", "-o", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     found = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert (found["data"]["train_images"], found["data"]["val_images"], found["mode"]) == (8, 3, "explicit")
     assert found["inherited"] > 0 and list(found["losses"]) == ["bmfi"]
+
+
+def test_an_earlier_checkpoint_teaches_the_same_detector(runs: Runs, tmp_path: Path) -> None:
+    arguments = ("distill", "--data", runs.data, *TINY, "--method", "bmfi", "--aid", "-o", tmp_path / "run")
+    result = kdkernels(*arguments, "--self", runs.teacher)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert found["detector"]["backbone"] == "slim-teacher" and found["parameters"] == found["teacher"]["parameters"]
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))["teacher"] == str(runs.teacher)
+    assert "--self and --teacher exclude each other" in _refused(*arguments, "--self", runs.teacher, "--teacher", runs.teacher)
+    message = _refused(*arguments, "--self", runs.teacher, "--backbone", "slim-student")
+    assert "the architecture of the checkpoint, not model.backbone slim-student for slim-teacher" in message
+    assert "there is no checkpoint" in _refused(*arguments, "--self", tmp_path / "none")
+
+
+def test_the_students_own_average_teaches_it(runs: Runs, tmp_path: Path) -> None:
+    arguments = ("distill", "--data", runs.data, *TINY, "--method", "bmfi", "-o", tmp_path / "run")
+    result = kdkernels(*arguments, "--self", "ema")
+    assert result.exit_code == 0, result.stderr
+    assert "taught by its own average with bmfi" in result.stderr
+    config = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert config["teacher"] is None and config["train"]["teacher_ema"] == 0.999
+    assert "teacher_updates" in torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert "there can be no other" in _refused(*arguments, "--teacher", runs.teacher, "--set", "train.teacher_ema=0.9")
+
+
+def test_what_needs_distributions_is_refused_before_data_is_read(runs: Runs, tmp_path: Path) -> None:
+    arguments = ("distill", "--data", "no/data", *TINY, "--method", "bmfi+ld", "-o", tmp_path / "run")
+    own, message = "the student reg_max 16", _refused(*arguments, "--teacher", runs.teacher, "--aid", "--set", "model.reg_max=16")
+    assert f"ld compares the distributions by which student and teacher regress boxes, and they have: {own}, {runs.teacher} none" in message
+    assert "--set model.reg_max=16 to kdkernels train for the teacher and to kdkernels distill for the student" in message
+    assert "they have: the student none; give" in _refused(*arguments, "--self", "ema")
+    assert "no KITTI data in no/data" in _refused(*arguments, "--self", "ema", "--set", "model.reg_max=16")
+    assert "with --self ema the student is its own" in _refused(*arguments, "--self", "ema", "--init-student")
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_teachers_are_weighed(runs: Runs, tmp_path: Path) -> None:
+    teachers = ("--teacher", runs.teacher, "--teacher", runs.teacher)
+    arguments = ("distill", "--data", runs.data, *teachers, *TINY, "-o", tmp_path / "run")
+    result = kdkernels(*arguments, "--method", "bmfi", "--aid", "--teacher-weights", "argmin", "--init-student")
+    assert result.exit_code == 0, result.stderr
+    assert f"taught by {runs.teacher} and {runs.teacher} with AID-bmfi (inline)" in result.stderr
+    assert all(f"teacher {number}, " in result.stdout for number in (1, 2))
+    config = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert config["teacher"] == [str(runs.teacher)] * 2 and config["train"]["teacher_weights"] == "argmin"
+    assert len(json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["teacher"]) == 2
+    assert kdkernels("distill", "--resume", "-o", tmp_path / "run").exit_code == 0
+    message = _refused("distill", "--data", runs.data, *teachers, *TINY, "-o", tmp_path / "other")
+    assert "losses ['gkd'] need the student's gradient" in message and "give --mode explicit" in message
 
 
 def test_training_that_fails_exits_with_1(runs: Runs, tmp_path: Path) -> None:

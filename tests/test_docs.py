@@ -14,6 +14,7 @@ from benchmarks.cli import COMMANDS, RUN
 from benchmarks.report import page as device_page
 from benchmarks.report.run import fingerprint, load, result_files
 from benchmarks.report.tables import DOCUMENTS, PICTURES, RESULTS, filled
+from kdkernels.losses.catalogue import METHODS
 
 ROOT = Path(__file__).parent.parent
 REMEDY = "run: python -m benchmarks.report.tables"
@@ -81,6 +82,13 @@ def test_pictures_are_there_and_referenced() -> None:
     shown = {(page.parent / target).resolve() for page in PAGES for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())}
     assert all(path.is_file() for path in shown)
     assert {path.resolve() for path in PICTURES.glob("*.png")} <= shown
+
+
+def test_every_method_has_a_page_with_its_table_and_its_picture() -> None:
+    for name, (_, kind) in METHODS.items():
+        page = ROOT / "docs" / "methods" / f"{kind.__module__.rpartition('.')[2]}.md"
+        assert f"<!-- table: method-{name} -->" in page.read_text()
+        assert page.with_suffix(".png").is_file() and f"({page.stem}.png)" in page.read_text()
 
 
 def test_readme_starts_with_the_two_commands() -> None:

@@ -82,6 +82,8 @@ def large(kind: str) -> Any:
         "state": (2, 300, 8),
         "states": (3, 2, 300, 8),
     }
+    if kind == "words":
+        return torch.empty(2, dtype=torch.int64, **meta)
     if kind == "boxes":
         return torch.empty(300, 7, 4, **meta)
     return torch.empty(0, **meta) if kind == "none" else torch.empty(sizes[kind], **meta)
@@ -108,8 +110,22 @@ OPERATORS: dict[str, tuple[Callable[[], tuple[Any, ...]], list[Any]]] = {
         lambda: (large("boxes"), large("row")[0].int(), [64.0, 96.0], [4000, 3000, 2000, 1500], "gaussian", 2.0, False, True, True),
         [flat(PIXELS)],
     ),
+    "channel_kl": (lambda: (large("features"), large("features"), 1.0, True), [flat(2, 300), flat(4 * CHANNELS)]),
+    "channel_kl_backward": (
+        lambda: (large("features"), large("features"), torch.empty(4 * CHANNELS, device="meta"), large("row"), 1.0),
+        LIKE,
+    ),
     "channel_mean": (lambda: (large("features"), True), [flat(CHANNELS)]),
     "channel_mean_backward": (lambda: (large("features"), large("vectors"), True), LIKE),
+    "correlation": (lambda: (large("features"), large("features"), 1e-6), [flat(2, 300), flat(10 * (8 + 8))]),
+    "correlation_backward": (
+        lambda: (large("features"), large("features"), torch.empty(10 * (8 + 8), device="meta"), large("row"), large("row")),
+        LIKE,
+    ),
+    "logit_bce": (lambda: (large("features"), large("features"), large("maps"), 0.5), [flat(2, 300)]),
+    "logit_bce_backward": (lambda: (large("row"), large("features"), large("features"), None, 0.5), LIKE),
+    "logit_kl": (lambda: (large("features"), large("features"), None, 2.0, 4), [flat(2, 300)]),
+    "logit_kl_backward": (lambda: (large("row"), large("features"), large("features"), large("maps"), 2.0, 4), LIKE),
     "map_distance": (
         lambda: (large("maps"), large("maps"), large("maps"), *SIZES, *MAP_OPTIONS),
         [flat(2, 300), flat(2, 300, 8)],
@@ -118,7 +134,11 @@ OPERATORS: dict[str, tuple[Callable[[], tuple[Any, ...]], list[Any]]] = {
         lambda: (large("maps"), large("maps"), None, large("state"), large("row"), *SIZES, *MAP_OPTIONS),
         [flat(PIXELS)],
     ),
+    "pool_weights": (lambda: (large("maps"), *SIZES, True), [flat(PIXELS)]),
+    "pool_weights_backward": (lambda: (large("maps"), large("maps"), large("maps"), *SIZES, False), [flat(PIXELS)]),
+    "random_mask": (lambda: (large("features"), large("words"), 2**31), LIKE),
     "shared_read": (lambda: (large("features"), large("vectors"), False, 0.5), [flat(PIXELS), flat(PIXELS), flat(CHANNELS)]),
+    "spatial_pool": (lambda: (large("features"), large("maps")), [flat(CHANNELS)]),
     "terms": (lambda: (large("features"), *terms_arguments()), [flat(5, 2, 300), *SAVED]),
     "terms_backward": (
         lambda: (large("rows"), [large(k) for k in ("maps", "maps", "vectors", "states")], [], large("features"), *terms_arguments()),

@@ -56,6 +56,14 @@ def test_losses_are_used_as_given_without_a_granularity(shape):
     _check(np.broadcast_to(np.exp(-0.1 * t), (3, 2)), torch.tensor(t))
 
 
+def test_parts_are_added_for_a_base_that_has_one_weight():
+    parts = {"classification": 0.25 * torch.tensor(LOSSES), "regression": 0.75 * torch.tensor(LOSSES)}
+    _check(aid.weights(LOSSES, "image", 3, 2), parts, granularity="image")
+    _, args = _inputs(1)
+    with pytest.raises(ValueError, match=r"wanted the parts \['classification', 'regression'\], got \['classification'\]"):
+        AIDLoss(GKDLoss())(*args, teacher_losses={"classification": 1.0})
+
+
 def test_a_python_number_is_a_scalar():
     _check(np.full((3, 2), math.exp(-0.1 * 1.5)), 1.5)
 

@@ -49,21 +49,36 @@ def calls(layout: str, images: int) -> list[Call]:
     """Every operator but those of `terms`, with the arguments of a call."""
     shapes = [(images, *shape[1:]) for shape in SHAPES]
     x, operators = laid_out(pyramid(shapes), layout), torch.ops.kdkernels
+    other_x, of_level = laid_out(pyramid(shapes, seed=1), layout), sum(shape[1] for shape in shapes)
     channels, pixels = (sum(n * size for n, size in sizes) for sizes in ([s[:2] for s in shapes], [(n, h * w) for n, _, h, w in shapes]))
     vector, map_, other = torch.randn(channels), torch.randn(pixels), torch.rand(pixels)
     sizes = (images, [h * w for _, _, h, w in shapes], "minmax", "zscore", "smooth_l1", 1e-6, True, 0.5, "nhw")
     _, state = operators.map_distance("native", map_, other, None, *sizes)
+    rows = torch.randn(len(shapes), images)
     boxes, counts = torch.tensor([[8.0, 10.0, 50.0, 40.0], [3.3, 20.0, 30.0, 55.0]]).repeat(images, 1, 1), torch.full((images,), 2)
     grids = [size for shape in shapes for size in shape[2:]]
     return [
         (operators.attention, ("native", x, 0.5)),
         (operators.attention_backward, ("native", x, map_.abs(), vector.abs(), other, vector, 0.5)),
         (operators.box_mask, ("native", boxes, counts, [56.0, 72.0], grids, "gaussian", 2.0, False, True, True)),
+        (operators.channel_kl, ("native", x, other_x, 1.0, True)),
+        (operators.channel_kl_backward, ("native", x, other_x, vector.repeat(4), torch.ones(len(shapes), images), 1.0)),
         (operators.channel_mean, ("native", x, True)),
         (operators.channel_mean_backward, ("native", x, vector, True)),
+        (operators.correlation, ("native", x, other_x, 1e-6)),
+        (operators.correlation_backward, ("native", x, other_x, torch.ones(10 * of_level), *[torch.ones(len(shapes), images)] * 2)),
+        *(
+            (operator, ("native", *grad, x, x, other, *options))
+            for name, options in (("logit_bce", (1.0,)), ("logit_kl", (2.0, 1)))
+            for operator, grad in ((getattr(operators, name), ()), (getattr(operators, f"{name}_backward"), (rows,)))
+        ),
         (operators.map_distance, ("native", map_, other, None, *sizes)),
-        (operators.map_distance_backward, ("native", map_, other, other, state, torch.randn(len(shapes), images), *sizes)),
+        (operators.map_distance_backward, ("native", map_, other, other, state, rows, *sizes)),
+        (operators.pool_weights, ("native", map_, *sizes[:2], True)),
+        (operators.pool_weights_backward, ("native", other, map_, other, *sizes[:2], False)),
+        (operators.random_mask, ("native", x, torch.tensor([5, 1]), 2**31)),
         (operators.shared_read, ("native", x, vector, False, 0.5)),
+        (operators.spatial_pool, ("native", x, other)),
         (operators.weighted_channel_sum, ("native", x, vector, True)),
         (operators.weighted_channel_sum_backward, ("native", x, vector, map_, False)),
     ]
@@ -198,10 +213,15 @@ def test_autocast_changes_nothing(name: str) -> None:
         ({"device": "meta"}, "the tensors are on meta, not on the CPU"),
     ],
 )
-@pytest.mark.parametrize("name", ["channel_mean", "attention", "weighted_channel_sum", "shared_read", "feature_imitation"])
+@pytest.mark.parametrize(
+    "name", ["channel_kl", "channel_mean", "correlation", "attention", "weighted_channel_sum", "shared_read", "feature_imitation"]
+)
 def test_named_it_refuses_other_types_and_devices(name: str, change: dict[str, Any], reason: str) -> None:
     x = [level.to(**change) for level in pyramid(SHAPES)]
-    others = {"feature_imitation": (x,), "channel_mean": (), "attention": ()}.get(name, ([level[:, :, 0, 0] for level in x],))
+    others = {
+        **dict.fromkeys(("channel_kl", "correlation", "feature_imitation"), (x,)),
+        **dict.fromkeys(("attention", "channel_mean"), ()),
+    }.get(name, ([level[:, :, 0, 0] for level in x],))
     with pytest.raises(RuntimeError) as caught:
         getattr(functional, name)(x, *others)
     assert str(caught.value).startswith(f"backend 'native' cannot run {name}: ") and reason in str(caught.value)

@@ -61,6 +61,10 @@ def test_a_correction_refuses_gradients_that_are_not_the_student_s(gradients: li
 
 
 OTHERS = {
+    "channel_kl": lambda: ([torch.ones(9, 3, 1, 1), torch.ones(2, 3, 1, 1)], S, 1.0, True),
+    "channel_kl_backward": lambda: (S, S, torch.ones(1), torch.ones(1), 1.0),
+    "correlation": lambda: ([torch.ones(9, 3, 1, 1), torch.ones(2, 3, 1, 1)], S, 1e-6),
+    "correlation_backward": lambda: (S, S, torch.ones(1), torch.ones(1), torch.ones(1)),
     "channel_mean": lambda: ([torch.ones(9, 3, 1, 1), torch.ones(2, 3, 1, 1)], False),
     "channel_mean_backward": lambda: (S, torch.ones(1), False),
     "weighted_channel_sum": lambda: (S, torch.ones(1), False),

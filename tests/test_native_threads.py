@@ -35,11 +35,14 @@ def everything(seed: int = 0) -> list[Tensor]:
     means = functional.channel_mean(t)
     maps, low, _ = functional.weighted_channel_sum(leaves, means)
     spatial, channel = functional.attention(leaves)
+    masked = functional.random_mask(leaves, torch.tensor([seed, 3]), 0.4)
+    pooled = functional.spatial_pool(masked, maps, "softmax")
     values = [functional.map_distance(maps, [m.detach() for m in spatial]), functional.feature_imitation(leaves, t, spatial_weights(t))]
-    total = sum(v.sum() for v in (*values, *low)) + sum(v.square().sum() for v in (*spatial, *channel))
+    values += [functional.logit_bce(leaves, t, spatial_weights(t), 1.0), functional.logit_kl(leaves, t, None, 2.0)]
+    total = sum(v.sum() for v in (*values, *low, *pooled)) + sum(v.square().sum() for v in (*spatial, *channel))
     boxes = torch.tensor([[[10.0, 20.0, 300.0, 200.0]]]).repeat(3, 1, 1)
     masks = functional.box_mask((boxes, torch.ones(3, dtype=torch.int64)), (300, 360), [(75, 90), (19, 23)])
-    results = [*means, *maps, *spatial, *channel, *values, *masks, *torch.autograd.grad(total, leaves)]
+    results = [*means, *maps, *masked, *pooled, *spatial, *channel, *values, *masks, *torch.autograd.grad(total, leaves)]
     return [result.detach() for result in results]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import AIDLoss, BMFILoss, FusedLoss, GKDLoss, NonFinite, NonFiniteError
+from kdkernels.losses import FGFILoss
+from kdkernels.pyramid import split_over_images
 
 SIZES = [(5, 6), (3, 4)]
 BOXES = [torch.tensor([[2.0, 2.0, 12.0, 14.0]]), torch.tensor([[8.0, 1.0, 20.0, 18.0]]), torch.zeros(0, 4)]
@@ -189,3 +191,16 @@ def test_inference_mode_before_training_does_no_harm():
         loss(*(given[key] for key in loss.argument_names))
     loss(*(given[key] for key in loss.argument_names))
     assert loss.check() == [NonFinite("GKDLoss", "map", 0, 0)]
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_loss_split_over_the_images_is_reported_at_the_one_that_broke_it(value):
+    totals, rows = torch.tensor([6.0, value]), torch.tensor([[1.0, 2.0, 3.0], [1.0, value, 3.0]])
+    entries = split_over_images(totals, rows)
+    assert entries[0].tolist() == [1.0, 2.0, 3.0]
+    assert entries[1, [0, 2]].tolist() == [0.0, 0.0] and not entries[1, 1].isfinite()
+    loss = FGFILoss(adapter=False)
+    given = poisoned("student_features", 1, 1, value)
+    anchors = [torch.tensor([[0.0, 0.0, 24.0, 20.0]]).expand(h * w, 4) for h, w in SIZES]
+    loss(given["student_features"], given["teacher_features"], [BOXES[0]] * 3, IMAGE, anchors)
+    assert loss.check() == [NonFinite("FGFILoss", "imitation", 1, 1)]

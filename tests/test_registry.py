@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from native_support import needs_library
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels.losses
 import kdkernels.ops
-from benchmarks.call import Sample, bind, sample
+from benchmarks.call import Sample, bind, sample, widened
 from benchmarks.providers import absent, providers, reference_of
 from benchmarks.registry import ENTRIES, LAYOUTS, Case, Entry, Inputs, case, flat, published, settle, vectorised
 
 CPU = torch.device("cpu")
 GRADED = [name for name, entry in ENTRIES.items() if entry.differentiable is not None]
+#: What they return are features, of the type of those that they are given.
+OF_FEATURES = ("random_mask",)
 #: Not in the benchmarks' grid: odd sizes, small enough for hundreds of calls.
 HELD_OUT = Case("held-out", batch=3, channels=10, boxes=5)
 
@@ -39,17 +43,8 @@ def ready(entry: Entry, case: Case, mode: str, seed: int = 5) -> Sample:
     return sample(entry, inputs, mode, shapes, torch.Generator().manual_seed(seed + 1))
 
 
-def wide(value: Any) -> Any:
-    """float64 where it was floating point, leaves where it was a leaf."""
-    if isinstance(value, Tensor):
-        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: wide(x) for key, x in value.items()}
-    return type(value)(wide(x) for x in value) if isinstance(value, (list, tuple)) else value
-
-
 def oracle(entry: Entry, given: Sample, mode: str) -> list[Tensor]:
-    upcast = Sample(wide(given.inputs), wide(given.cotangents), wide(given.arriving))
+    upcast = Sample(widened(given.inputs), widened(given.cotangents), widened(given.arriving))
     return bind(entry, reference_of(entry), mode, own=False)(upcast)
 
 
@@ -61,7 +56,8 @@ def assert_agree(entry: Entry, given: Sample, mode: str, got: list[Tensor], want
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         kind = "value" if k < values else "gradient"
         assert a.shape == b.shape
-        assert a.dtype == (torch.float32 if kind == "value" else given.inputs[entry.differentiable][k - values].dtype)
+        own = torch.float32 if entry.name not in OF_FEATURES else given.inputs["x"][k].dtype
+        assert a.dtype == (own if kind == "value" else given.inputs[entry.differentiable][k - values].dtype)
         limits = torch.finfo(a.dtype)
         allowed = getattr(entry.tolerances["fp32" if kind == "value" else dtype], kind) * float(b.norm())
         allowed += limits.tiny * limits.eps * b.numel() ** 0.5
@@ -103,18 +99,21 @@ def test_own_call_in_float32_and_inline_is_the_oracle(name: str, backend: str) -
             assert float((a.double() - b).norm()) <= 2e-5 * float(b.norm())
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in ("bmfi", "gkd_bmfi_separate", "terms_persistent")])  # in others
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in ("bmfi", "gkd_bmfi_separate", "terms_persistent", "gid")])
 def test_eager_compiles_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what is in others' graphs, and for GID, whose entry says why there is none."""
     monkeypatch.setitem(case.PYRAMIDS, "held-out", ((75, 106), (8,)))
     entry, mode = ENTRIES[name], "forward" if ENTRIES[name].differentiable is None else "backward"
     torch.compiler.reset()
-    compiled = torch.compile(entry.eager, backend="aot_eager", fullgraph=True, dynamic=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(entry.eager, backend=counter, fullgraph=True, dynamic=False)
     given = ready(entry, HELD_OUT, mode)
     assert_agree(entry, given, mode, bind(entry, compiled, mode, own=False)(given), oracle(entry, given, mode))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("baseline", ["eager", "paper"])
-@pytest.mark.parametrize("name", ["box_mask", "bmfi", "aid_bmfi", "gkd_bmfi", "gkd_bmfi_separate"])
+@pytest.mark.parametrize("name", ["box_mask", "bmfi", "aid_bmfi", "gkd_bmfi", "gkd_bmfi_separate", "fgd", "fgfi", "defeat"])
 def test_without_boxes(name: str, baseline: str) -> None:
     entry = ENTRIES[name]
     mode = entry.modes[1] if entry.differentiable else "forward"
@@ -174,12 +173,29 @@ def test_entries_are_consistent(name: str) -> None:
         assert entry.eager(**made(entry, HELD_OUT)).shape == ()
 
 
+@pytest.mark.parametrize("provider", ["eager", "reference"])
+def test_convolutions_are_of_full_precision_where_a_provider_is_measured(provider: str) -> None:
+    """But not in training steps, where the rest of the step has PyTorch's setting."""
+    before, chosen = torch.backends.cudnn.allow_tf32, providers()[provider]
+    with chosen.active():
+        assert not torch.backends.cudnn.allow_tf32
+    with chosen.active(tf32=True):
+        assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_units_are_the_contracts() -> None:
     assert {name: dict(entry.units) for name, entry in ENTRIES.items()} == {
+        "channel_kl": {"forward": 2, "backward": 5, "backward_scaled": 5},
         "channel_mean": {"forward": 1},
+        "correlation": {"forward": 2, "backward": 5, "backward_scaled": 5},
         "weighted_channel_sum": {"forward": 1, "backward": 2, "backward_scaled": 2},
         "attention": {"forward": 1, "backward": 3, "backward_scaled": 3},
+        "random_mask": {"forward": 2},
+        "spatial_pool": {"forward": 1, "backward": 2, "backward_scaled": 2},
         "feature_imitation": {"forward": 2, "backward": 3, "backward_scaled": 5},
+        "logit_bce": {"forward": 2, "backward": 3, "backward_scaled": 5},
+        "logit_kl": {"forward": 2, "backward": 3, "backward_scaled": 5},
         "map_distance": {"forward": 0, "backward": 0, "backward_scaled": 0},
         "box_mask": {"forward": 0},
         "gkd": {"forward": 4, "backward": 5, "backward_scaled": 5, "inline": 6},
@@ -189,6 +205,25 @@ def test_units_are_the_contracts() -> None:
         "gkd_bmfi": {"forward": 4, "backward": 7, "backward_scaled": 9, "inline": 8},
         "gkd_bmfi_separate": {"forward": 6, "backward": 13, "backward_scaled": 13},
         "terms_persistent": {"backward": 5},
+        "fitnets": {"forward": 2, "backward": 3, "backward_scaled": 5, "inline": 4},
+        "cwd": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "pkd": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "pad": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "fgd": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "gmask": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "emask": {"forward": 2, "backward": 5, "backward_scaled": 5},
+        "cam_gmask": {"forward": 6, "backward": 7, "backward_scaled": 9},
+        "teacher_cam": {"forward": 3, "backward": 6, "backward_scaled": 6},
+        "cam_only": {"forward": 4, "backward": 6, "backward_scaled": 6},
+        "fgfi": {"forward": 4, "backward": 7, "backward_scaled": 7},
+        "defeat": {"forward": 4, "backward": 7, "backward_scaled": 7},
+        "mgd": {"forward": 6, "backward": 12, "backward_scaled": 12},
+        "fbkd": {"forward": 4, "backward": 7, "backward_scaled": 7},
+        "acam": {"forward": 6, "backward": 14, "backward_scaled": 14},
+        "frs": {"forward": 4, "backward": 7, "backward_scaled": 7},
+        "gid": {"forward": 0, "backward": 1, "backward_scaled": 1},
+        "ld": {"forward": 0, "backward": 0, "backward_scaled": 0},
+        "crosskd": {"forward": 0, "backward": 0, "backward_scaled": 0},
     }
     separate = {mode: ENTRIES["gkd"].units[mode] + ENTRIES["bmfi"].units[mode] for mode in ("forward", "backward", "backward_scaled")}
     assert ENTRIES["gkd_bmfi_separate"].units == {mode: n + (0 if mode == "forward" else 3) for mode, n in separate.items()}
@@ -269,7 +304,7 @@ def _leaves(value: Any) -> list[Tensor]:
     return [x for item in value for x in _leaves(item)] if isinstance(value, (list, tuple)) else []
 
 
-@pytest.mark.parametrize("name", ["gkd_bmfi", "bmfi", "weighted_channel_sum", "map_distance"])
+@pytest.mark.parametrize("name", ["gkd_bmfi", "bmfi", "weighted_channel_sum", "map_distance", "cam_gmask"])
 def test_settled_inputs_lie_off_the_jumps(name: str) -> None:
     """Settling again finds nothing; contents put on a jump are moved off it, without a trace on versions."""
     entry, given = ENTRIES[name], made(ENTRIES[name], HELD_OUT)
@@ -289,6 +324,22 @@ def test_settled_inputs_lie_off_the_jumps(name: str) -> None:
     entry.settle(given)
     assert not torch.equal(spoiled, first)
     assert versions == [x._version for x in levels]
+
+
+def test_what_a_relu_gets_and_differing_numbers_are_moved_off_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 3, 5, 5, generator=generator), torch.randn(2, 3, 3, 3, generator=generator)
+    bias = -F.conv2d(x, weight, padding=1)[0, :, 2, 2]
+
+    def convolution(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    assert convolution(x).abs().min() < settle.RECTIFIED_MARGIN
+    settle.settle_rectified([x], [convolution])
+    assert convolution(x).abs().min() >= settle.RECTIFIED_MARGIN
+    numbers, others = torch.tensor([0.0, 1.0, 1.00001, 2.0]), torch.ones(4)
+    settle.settle_numbers([numbers], [others])
+    assert numbers.tolist() == [0, 1, 1.125, 2]
 
 
 def test_what_cannot_be_settled_is_said() -> None:

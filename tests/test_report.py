@@ -76,6 +76,11 @@ def test_a_run_is_shown_beside_its_teacher_and_without_validation_as_a_dash() ->
     table = run_table({**run, "teacher": {"map": 0.5, "map50": 0.75, "parameters": 3_000_000}})
     assert table.rows == [["teacher", "50.0", "75.0", "3.00 M", "", "", ""], ["student + gkd, bmfi", "10.0", "-", "1.00 M", "5", "12", "3"]]
     assert run_table({**run, "losses": {}}).rows[0][0] == "trained"
+    pad = {"type": "pad", "base": {"type": "fbkd"}}
+    weighed = {"bmfi": {"type": "aid", "base": {"type": "bmfi"}}, "pad": pad, "both": {"type": "aid", "base": pad}}
+    teachers = [{"checkpoint": f"runs/{name}", "map": 0.5, "map50": 0.75, "parameters": 3_000_000} for name in "ab"]
+    table = run_table({**run, "losses": weighed, "teacher": teachers})
+    assert [row[0] for row in table.rows] == ["teacher 1, runs/a", "teacher 2, runs/b", "student + AID-bmfi, pad (fbkd), AID-both (fbkd)"]
 
 
 def test_metrics_have_a_row_per_class_and_a_dash_where_there_was_nothing_to_find() -> None:

@@ -61,6 +61,28 @@ def test_image_losses_of_faster_rcnn() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_losses_come_apart_into_classification_and_regression(family: str) -> None:
+    model = detector(family)
+    teacher = Teacher(model)
+    adapter = teacher.adapter
+    with torch.no_grad(), loss_mode(model):
+        losses = adapter.losses(model, *transformed(model, 1))
+        found = {per_level: adapter.per_image_parts(model, losses, per_level) for per_level in (False, True)}
+        whole = {per_level: adapter.per_image_losses(model, losses, per_level) for per_level in (False, True)}
+    names = AID_TERMS.get(family, ("classification", "bbox_regression"))
+    for part in ("classification", "regression"):
+        # The loss of an image alone is that of the batch; those of the boxes have a name with "box".
+        expected = sum(losses[name] for name in names if ("box" in name) == (part == "regression"))
+        torch.testing.assert_close(found[False][part][0], expected, rtol=1e-5, atol=1e-6)
+        if family != "fasterrcnn":
+            torch.testing.assert_close(found[True][part].sum(0), found[False][part], rtol=1e-5, atol=1e-6)
+    for per_level, parts in found.items():
+        assert torch.equal(parts["classification"] + parts["regression"], whole[per_level])
+    asked = teacher(*transformed(model), losses=True, per_level=True, parts=True)
+    assert torch.equal(sum(asked.parts.values()), asked.losses) and torch.equal(sum(asked.level_parts.values()), asked.level_losses)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_image_without_boxes_has_a_finite_loss(family: str) -> None:
     model = detector(family)
     teacher = Teacher(model)

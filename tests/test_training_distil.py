@@ -102,6 +102,33 @@ def test_adapters_are_trained_and_resumed(tmp_path: Path, data: DetectionDataset
     assert result.data_order == expected.data_order
 
 
+def test_the_students_average_teaches_it_and_is_resumed(tmp_path: Path, data: DetectionDataset) -> None:
+    def taught(folder: str, resume: bool = False, progress: Any = None) -> nn.Module:
+        model = student()
+        options: dict[str, Any] = {"batch_size": 2, "warmup_steps": 2, "steps": 5, "device": "cpu", "teacher_ema": 0.7}
+        config = TrainConfig(run_dir=str(tmp_path / folder), resume=resume, **options)
+        train(model, SPEC, data, None, config, None, both(), console=False, progress=progress)
+        return model
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = taught("whole")
+    with pytest.raises(TrainingInterrupted):
+        taught("parts", progress=stop)
+    states = {name: torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole", "parts")}
+    assert states["parts"]["teacher_updates"] == states["parts"]["step"] < 5 == states["whole"]["teacher_updates"]
+    assert same_state(states["whole"]["teacher_ema"], states["parts"]["teacher_ema"]) != []
+    assert same_state(states["whole"]["teacher_ema"], states["whole"]["model"]) != []
+    assert same_state(whole.state_dict(), taught("parts", resume=True).state_dict()) == []
+    assert all(record["kd/bmfi"] > 0 for record in records(tmp_path / "parts"))
+    with pytest.raises(ValueError, match="there can be no other"):
+        run(data, both(), teacher_ema=0.9)
+    with pytest.raises(ValueError, match="needs losses by which the average teaches"):
+        train(student(), SPEC, data, None, TrainConfig(steps=1, device="cpu", teacher_ema=0.9), console=False)
+
+
 def test_the_teacher_stays_as_it_was(data: DetectionDataset) -> None:
     teacher = student(1, TEACHER)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}

@@ -75,11 +75,11 @@ def assigned_level(box: tuple[np.float32, ...], levels: int) -> int:
 
 
 def _truncated(box: tuple[np.float32, ...], grid: tuple[int, int, int, int], image_size, size) -> tuple[int, int, int, int]:
-    """The grid with xmax and ymax cut to whole cells as DeFeat does; at least one cell each way."""
+    """The grid with xmax and ymax cut to whole cells as DeFeat does; where an axis has none left, the first cell alone."""
     left, top, _, _ = grid
     right = math.floor(F(box[2] * F(size[1])) / F(image_size[1]))
     bottom = math.floor(F(box[3] * F(size[0])) / F(image_size[0]))
-    return left, top, max(right, left + 1), max(bottom, top + 1)
+    return (left, top, left + 1, top + 1) if right == left or bottom == top else (left, top, right, bottom)
 
 
 def box_mask(

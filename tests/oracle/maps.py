@@ -109,22 +109,23 @@ def normalise_gradient(r: list[list[float]], e: list[list[float]], options: Opti
     return [out[i : i + width] for i in range(0, size, width)]
 
 
+def bilinear_taps(i: int, new: int, old: int) -> tuple[int, int, float]:
+    """The two old cells that the new cell i lies between, and how far it is from the first to the second."""
+    position = max((i + 0.5) * old / new - 0.5, 0.0)
+    first = min(math.floor(position), old - 1)
+    return first, min(first + 1, old - 1), position - first
+
+
 def resize(m: list[list[float]], height: int, width: int) -> list[list[float]]:
     """Bilinear with pixel centres at half-integers and clamped borders."""
     rows, columns = len(m), len(m[0])
     if (rows, columns) == (height, width):
         return m
-
-    def taps(i: int, new: int, old: int) -> tuple[int, int, float]:
-        position = max((i + 0.5) * old / new - 0.5, 0.0)
-        first = min(math.floor(position), old - 1)
-        return first, min(first + 1, old - 1), position - first
-
     out = zeros(height, width)
     for i in range(height):
-        y0, y1, fy = taps(i, height, rows)
+        y0, y1, fy = bilinear_taps(i, height, rows)
         for j in range(width):
-            x0, x1, fx = taps(j, width, columns)
+            x0, x1, fx = bilinear_taps(j, width, columns)
             upper = m[y0][x0] * (1 - fx) + m[y0][x1] * fx
             lower = m[y1][x0] * (1 - fx) + m[y1][x1] * fx
             out[i][j] = upper * (1 - fy) + lower * fy

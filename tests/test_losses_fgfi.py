@@ -1,0 +1,74 @@
+"""FGFI: which positions its mask chooses, and anchors that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from method_support import anchors, call, given, made
+
+from kdkernels.losses import fgfi
+
+GRID = (3, 4)
+#: One square of 16 pixels a cell, and one of 32 around the same centre.
+SQUARES = torch.tensor(
+    [
+        [16 * x + 8 - half, 16 * y + 8 - half, 16 * x + 8 + half, 16 * y + 8 + half]
+        for y in range(GRID[0])
+        for x in range(GRID[1])
+        for half in (8.0, 16.0)
+    ]
+)
+
+
+def _mask(boxes):
+    return fgfi.near_anchors(SQUARES, [torch.tensor(b).reshape(-1, 4) for b in boxes], GRID)
+
+
+def test_the_best_anchors_of_a_box_are_chosen_and_those_above_half_of_their_overlap():
+    one = torch.zeros(GRID)
+    one[1, 2] = 1
+    # An anchor itself: no other has an overlap above one half.
+    assert torch.equal(_mask([SQUARES[2 * 6].tolist()])[0], one)
+    # Over two cells alike, each with an IoU of 1/2; the large anchors around both have (16 * 24) / (32 * 32 + 2 * 256 - 16 * 24).
+    pair = torch.zeros(GRID)
+    pair[1, 1:3] = 1
+    assert torch.equal(_mask([[16.0, 16.0, 48.0, 32.0]])[0], pair)
+
+
+def test_a_box_that_touches_no_anchor_or_is_none_chooses_nothing():
+    nan = float("nan")
+    boxes = [[500.0, 500.0, 600.0, 600.0], [20.0, 20.0, 20.0, 20.0], [nan, 1.0, 20.0, 20.0]]
+    assert all(float(_mask([b]).sum()) == 0 for b in (*boxes, []))
+    assert torch.equal(_mask([[*boxes, SQUARES[0].tolist()]]), _mask([SQUARES[0].tolist()]))
+
+
+def test_images_have_their_own_masks_and_rounds_make_no_difference(monkeypatch):
+    boxes = [SQUARES[:3].tolist(), [], SQUARES[[5, 20]].tolist()]
+    want = _mask(boxes)
+    assert want.shape == (3, *GRID) and float(want[1].sum()) == 0
+    assert torch.equal(want[2], _mask([boxes[2]])[0])
+    monkeypatch.setattr(fgfi, "CHUNK", 1)
+    assert torch.equal(_mask(boxes), want)
+
+
+def test_where_nothing_is_chosen_the_level_is_0():
+    case = given(1, boxes=[[[900.0, 900.0, 950.0, 950.0]]] * 3)
+    rows = call(made("fgfi", case, reduction="none"), case)
+    assert float(rows.detach().abs().max()) == 0
+    assert all(float(g.abs().max()) == 0 for g in torch.autograd.grad(rows.sum(), case["student_features"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a[:3], r"anchors are of 3 levels, teacher_features have .*\(3, 4, 6, 9\)"),
+        (lambda a: [a[0][:-1], *a[1:]], r"level 0: anchors have shape \(107, 4\), teacher_features \(3, 4, 6, 9\)"),
+        (lambda a: [a[0], a[1][:, :3], *a[2:]], r"level 1: anchors have shape \(30, 3\)"),
+        (lambda a: [*a[:3], a[3][:0]], r"level 3: anchors have shape \(0, 4\)"),
+        (lambda a: None, "FGFILoss needs anchors, which is missing"),
+    ],
+)
+def test_anchors_that_do_not_fit_are_named(change, said):
+    case = given(2)
+    with pytest.raises(ValueError, match=said):
+        call(made("fgfi", case), {**case, "anchors": change(anchors())})
