@@ -89,7 +89,7 @@ def test_a_grid_has_every_fused_primitive_and_each_key_once() -> None:
     keys = subjects.grid(tuple(subjects.SUBJECTS), tuple(DTYPES.values()), LAYOUTS, tuple(written.CASES))
     of = {name: [(key, case) for key, case in keys if key.name == name] for name in PRIMITIVES}
     # Those that read two pyramids have no small ones.
-    others = ("map_distance", "box_mask", "feature_imitation", "logit_bce", "logit_kl", ONE_LAUNCH)
+    others = ("map_distance", "box_mask", "feature_imitation", "logit_bce", "logit_kl", "channel_kl", "correlation", ONE_LAUNCH)
     assert {len(found) for name, found in of.items() if name not in others} == {18}
     # It takes no fp16, and is held against what the entries before it make of the others; by sizes of an image and numbers of images.
     assert len(of[ONE_LAUNCH]) == 24 and [key.name for key, _ in keys[-24:]] == [ONE_LAUNCH] * 24

@@ -54,6 +54,7 @@ OTHER = {
     "model.detector": "retinanet", "model.backbone": "resnet18", "model.min_size": 64, "model.max_size": 128, "model.pretrained": True,
     "model.neck_channels": 32, "model.neck_norm": False, "model.head_convs": 1, "model.levels": 5, "model.anchor_scale": 2.0,
     "model.score_thresh": 0.1, "model.nms_thresh": 0.4, "model.detections": 7, "model.reg_max": 16,
+    "model.proposals": 20, "model.rois": 8,
     "train.run_dir": "x", "train.steps": 7, "train.optimizer": "sgd", "train.learning_rate": 0.5, "train.schedule": "step",
     "train.mixed_precision": "bf16", "train.device": "cpu", "train.mode": "explicit", "train.levels": ["0"], "train.student_tap": "a",
     "train.teacher_tap": "b", "train.kd_schedule": "cosine", "train.teacher_weights": "argmin",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_slim_detectors_are_those_of_the_recipe(backbone: str, millions: float) 
     assert model.anchor_generator.sizes == ((8,), (16,), (32,))
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.head.classification_head.conv) == 2
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.fpn.modules()) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "boxes"),
+    [({}, (400, 200, 32)), ({"backbone": "resnet18"}, (2000, 1000, 512)), ({"proposals": 50, "rois": 8}, (100, 50, 8))],
+)
+def test_proposals_and_rois_are_the_specs(more: dict[str, Any], boxes: tuple[int, int, int]) -> None:
+    model = build_detector(DetectorSpec("fasterrcnn", **more))
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == boxes[2]
+    for counts in (model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n):
+        assert (counts["training"], counts["testing"]) == boxes[:2]
+
+
+@pytest.mark.parametrize("name", ["proposals", "rois"])
+def test_less_than_one_box_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0, should be at least 1"):
+        DetectorSpec("fasterrcnn", **{name: 0})
 
 
 def test_thin_stem_is_refused() -> None:

@@ -68,7 +68,7 @@ class Call:
 
 
 def calls() -> Iterator[Call]:
-    """All of them, each forward and backward."""
+    """Every operator, and every method on nothing but features, gradients and boxes, forward and backward; the others are made of them."""
     for absolute in (False, True):
         yield Call("channel_mean", _words(absolute=absolute), partial(_channel_mean, absolute=absolute))
         yield Call("weighted_channel_sum", _words(absolute=absolute), partial(_weighted_channel_sum, absolute=absolute))
@@ -91,8 +91,9 @@ def calls() -> Iterator[Call]:
         yield Call("box_mask", kind, partial(_box_mask, kind=kind), on_features=False)
     yield Call("box_mask", "released", partial(_box_mask, kind="gaussian", released=True), on_features=False)
     for entry in ENTRIES.values():
-        for mode in ("backward", "inline") if entry.losses is not None else ():
-            yield Call(entry.name, mode, partial(_method, entry=entry, mode=mode))
+        if entry.losses is not None and not _needs(entry) & {"anchors", "outputs"}:
+            for mode in [mode for mode in ("backward", "inline") if mode in entry.modes]:
+                yield Call(entry.name, mode, partial(_method, entry=entry, mode=mode))
 
 
 def cases(call: Call, base: Case = USUAL) -> Iterator[Case]:
@@ -196,10 +197,14 @@ def _box_mask(i: Inputs, kind: str, released: bool = False) -> None:
     box_mask(*i.boxes(), [float(height), float(width)], sizes, kind, 2.0, released, True, True)
 
 
+def _needs(entry: Entry) -> frozenset[str]:
+    assert entry.losses is not None
+    return frozenset().union(*(loss.needs for loss in entry.losses().values()))
+
+
 def _method(i: Inputs, entry: Entry, mode: str) -> None:
     """The method as its users call it, on features that the backend is made to believe it can take."""
-    assert entry.losses is not None
-    needs = frozenset().union(*(loss.needs for loss in entry.losses().values()))
+    needs = _needs(entry)
     given: dict[str, Any] = {"student_features": [x.requires_grad_() for x in i.pyramid()], "teacher_features": i.pyramid()}
     given |= {name: i.pyramid() for name in ("student_gradients", "teacher_gradients") if name in needs}
     if "boxes" in needs:

@@ -211,9 +211,10 @@ class _Exam:
         return [] if self.mode == "forward" or name is None else sample.inputs[name]
 
     def _dtypes(self, sample: Sample, results: int) -> list[torch.dtype]:
-        """Values are fp32 whatever the features are; a gradient has its feature's type."""
-        leaves = self._leaves(sample)
-        return [torch.float32] * (results - len(leaves)) + [x.dtype for x in leaves]
+        """Values are fp32 unless the entry says whose type they have; a gradient has its feature's type."""
+        leaves, like = self._leaves(sample), self.entry.values_like
+        values = [torch.float32] * (results - len(leaves)) if like is None else [x.dtype for x in sample.inputs[like]]
+        return [*values, *(x.dtype for x in leaves)]
 
     def _name(self, sample: Sample, k: int, results: int) -> str:
         values = results - len(self._leaves(sample))

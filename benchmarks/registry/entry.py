@@ -50,6 +50,7 @@ class Entry:
                     not defined for this entry
     small_bytes:    (case, mode) -> least bytes besides whole pyramids; counted where there are no pyramids
     differentiable: name of the argument, a list of tensors, that the gradient goes to; None where there is no gradient
+    values_like:    name of the argument, a list of tensors, whose types the values have; None where they are fp32 whatever it is
     losses:         of a method: makes the losses it consists of, for the inline mode and for whole training steps
     tolerances:     dtype -> Tolerance
     absent:         (backend of kdkernels or name of a baseline, case, device) -> why that cannot make this call there, or has none of
@@ -67,6 +68,7 @@ class Entry:
     units: Mapping[str, float]
     small_bytes: Callable[[Case, str], int] = lambda case, mode: 0
     differentiable: str | None = None
+    values_like: str | None = None
     losses: Callable[[], dict[str, DistillationLoss]] | None = None
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
     absent: Callable[[str, Case, torch.device], str] = lambda backend, case, device: ""

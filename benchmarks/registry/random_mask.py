@@ -74,5 +74,6 @@ ENTRIES = (
         paper=paper,
         # One is read and one is written. No backward: it is the same call, of the gradient that comes.
         units={"forward": 2},
+        values_like="x",
     ),
 )

@@ -54,6 +54,8 @@ class ModelSection:
     head_convs: int | None = None
     levels: int | None = None
     anchor_scale: float | None = None
+    proposals: int | None = None
+    rois: int | None = None
     score_thresh: float | None = None
     nms_thresh: float | None = None
     detections: int | None = None

@@ -64,12 +64,14 @@ def _retinanet(spec: DetectorSpec) -> RetinaNet:
 
 
 def _faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
-    assert spec.anchor_scale is not None  # resolved
+    assert spec.anchor_scale is not None and spec.proposals is not None  # resolved
     sizes = tuple((int(s * spec.anchor_scale),) for s in (4, 8, 16, 32, 64))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    post = {f"box_{k}": v for k, v in _post(spec).items()}
+    rois = {f"box_{k}": v for k, v in _post(spec).items()} | {"box_batch_size_per_image": spec.rois}
+    for when, boxes in {"train": 2 * spec.proposals, "test": spec.proposals}.items():
+        rois |= {f"rpn_{side}_nms_top_n_{when}": boxes for side in ("pre", "post")}
     pool = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
-    model = FasterRCNN(build_backbone(spec), spec.num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **_resize(spec), **post)
+    model = FasterRCNN(build_backbone(spec), spec.num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **_resize(spec), **rois)
     if spec.reg_max is not None:
         model.rpn.head.bbox_pred = DistributionRegression(model.rpn.head.bbox_pred, spec.reg_max, symmetric=True)
     return model

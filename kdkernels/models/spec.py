@@ -34,6 +34,10 @@ class DetectorSpec:
     head_convs:     convolutions in the towers of the head (fcos, retinanet).
     levels:         pyramid levels. fcos, retinanet: 3 (strides 8 to 32) or 5 (8 to 128).
     anchor_scale:   side of the smallest anchor over the stride of its level (retinanet, fasterrcnn).
+    proposals:      boxes of an image that go into the RPN's non-maximum suppression in evaluation, twice as many in training, and the
+                    most that come out of it (fasterrcnn). Of the slim ones a fifth of torchvision's 1000.
+    rois:           boxes of an image that the box head is trained on (fasterrcnn). Of the slim ones 32 where torchvision has 512: they
+                    and the suppression would take nearly all of a step.
     score_thresh, nms_thresh, detections: post-processing.
     reg_max:        fcos, fasterrcnn: boxes (of fasterrcnn the RPN's) are regressed by a distribution over reg_max + 1 values, see
                     `DistributionRegression`; None: by plain numbers.
@@ -50,6 +54,8 @@ class DetectorSpec:
     head_convs: int | None = None
     levels: int | None = None
     anchor_scale: float | None = None
+    proposals: int | None = None
+    rois: int | None = None
     score_thresh: float | None = None
     nms_thresh: float | None = None
     detections: int | None = None
@@ -72,6 +78,9 @@ class DetectorSpec:
             raise ValueError(f"levels is {self.levels}, should be 3 or 5")
         if self.reg_max is not None and (self.reg_max < 1 or self.detector not in ("fcos", "fasterrcnn")):
             raise ValueError(f"reg_max is {self.reg_max}, should be None or, with fcos or fasterrcnn, at least 1")
+        for name in ("proposals", "rois"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, should be at least 1")
         if self.detector == "fcos" and (self.neck_channels or 32) % 32:
             raise ValueError(f"neck_channels is {self.neck_channels}, should be a multiple of 32 (GroupNorm in the head of fcos)")
 
@@ -92,6 +101,8 @@ class DetectorSpec:
             "head_convs": 2 if small else 4,
             "levels": 3 if small or self.detector == "ssdlite" else 5,
             "anchor_scale": anchor_scale,
+            "proposals": 200 if self.slim else 1000,
+            "rois": 32 if self.slim else 512,
             "score_thresh": {"ssdlite": 0.001}.get(self.detector, 0.03),
             "nms_thresh": {"fcos": 0.6, "ssdlite": 0.55}.get(self.detector, 0.5),
             "detections": 60 if self.slim else 100,
