@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backend
+from kdkernels.losses.composed import ComposedLoss
 from kdkernels.triton.attention import attention, attention_backward
 from kdkernels.triton.box_mask import box_mask
 from kdkernels.triton.channel_kl import channel_kl, channel_kl_backward
@@ -68,7 +69,7 @@ class Call:
 
 
 def calls() -> Iterator[Call]:
-    """Every operator, and every method on nothing but features, gradients and boxes, forward and backward; the others are made of them."""
+    """Every operator, and every method that is a sum of terms, forward and backward."""
     for absolute in (False, True):
         yield Call("channel_mean", _words(absolute=absolute), partial(_channel_mean, absolute=absolute))
         yield Call("weighted_channel_sum", _words(absolute=absolute), partial(_weighted_channel_sum, absolute=absolute))
@@ -91,8 +92,8 @@ def calls() -> Iterator[Call]:
         yield Call("box_mask", kind, partial(_box_mask, kind=kind), on_features=False)
     yield Call("box_mask", "released", partial(_box_mask, kind="gaussian", released=True), on_features=False)
     for entry in ENTRIES.values():
-        if entry.losses is not None and not _needs(entry) & {"anchors", "outputs"}:
-            for mode in [mode for mode in ("backward", "inline") if mode in entry.modes]:
+        for mode in ("backward", "inline"):
+            if mode in entry.modes and _composed(entry):
                 yield Call(entry.name, mode, partial(_method, entry=entry, mode=mode))
 
 
@@ -197,14 +198,16 @@ def _box_mask(i: Inputs, kind: str, released: bool = False) -> None:
     box_mask(*i.boxes(), [float(height), float(width)], sizes, kind, 2.0, released, True, True)
 
 
-def _needs(entry: Entry) -> frozenset[str]:
-    assert entry.losses is not None
-    return frozenset().union(*(loss.needs for loss in entry.losses().values()))
+def _composed(entry: Entry) -> bool:
+    """Whether it is a method that is a sum of the library's terms: the others call the operators above one by one."""
+    losses = entry.losses().values() if entry.losses is not None else ()
+    return bool(losses) and all(isinstance(loss, ComposedLoss) for loss in losses)
 
 
 def _method(i: Inputs, entry: Entry, mode: str) -> None:
     """The method as its users call it, on features that the backend is made to believe it can take."""
-    needs = _needs(entry)
+    assert entry.losses is not None
+    needs = frozenset().union(*(loss.needs for loss in entry.losses().values()))
     given: dict[str, Any] = {"student_features": [x.requires_grad_() for x in i.pyramid()], "teacher_features": i.pyramid()}
     given |= {name: i.pyramid() for name in ("student_gradients", "teacher_gradients") if name in needs}
     if "boxes" in needs:
