@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,7 +32,16 @@ class HeadOutputs(NamedTuple):
 
 def levels_of(outputs: HeadOutputs, order: Sequence[int]) -> HeadOutputs:
     """The outputs of these levels."""
-    return HeadOutputs(*(None if levels is None else [levels[i] for i in order] for levels in outputs))  # type: ignore[arg-type]
+    return _changed(outputs, lambda levels: [levels[i] for i in order])
+
+
+def detached(outputs: HeadOutputs) -> HeadOutputs:
+    """The same outputs, without their graph."""
+    return _changed(outputs, lambda levels: [x.detach() for x in levels])
+
+
+def _changed(outputs: HeadOutputs, change: Callable[[list[Tensor]], list[Tensor]]) -> HeadOutputs:
+    return HeadOutputs(*(None if levels is None else change(levels) for levels in outputs))  # type: ignore[arg-type]
 
 
 def as_maps(levels: Sequence[Tensor]) -> list[Tensor]:

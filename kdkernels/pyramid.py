@@ -105,6 +105,12 @@ def stack_levels(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(rows)) if len(rows) else torch.zeros(0, 0)
 
 
+def quotient(a: Tensor | float, b: Tensor) -> Tensor:
+    """a / b, 0 without a gradient where b is exactly 0; NaN is kept."""
+    nothing = b == 0
+    return torch.where(nothing, 0, a / torch.where(nothing, 1, b))
+
+
 def split_over_images(totals: Tensor, numerators: Tensor) -> Tensor:
     """(L, N) with the sums `totals` (L,) over the images: of a level's total each image gets its share of the numerators (L, N).
 

@@ -11,7 +11,10 @@ Record = dict[str, Any]
 REGISTERS = 128
 #: Operator or method -> versions of all its kernels together that one type and layout may compile, over all batches and image sizes, for
 #: which none may be compiled besides.
-VARIANTS: dict[str, int] = {"gkd": 6, "bmfi": 10, "aid_bmfi": 10, "gkd_bmfi": 12, "gkd_imitation": 11}
+VARIANTS: dict[str, int] = {
+    **{"gkd": 6, "bmfi": 10, "aid_bmfi": 10, "gkd_bmfi": 12, "gkd_imitation": 11, "fitnets": 6},
+    **{"fgd": 21, "gmask": 22, "emask": 22, "teacher_cam": 24, "cam_gmask": 24, "cam_only": 7},
+}
 OTHER_VARIANTS = 4
 #: Seconds in which all kernels of one operator or method, one type and layout, are compiled from nothing.
 COLD_SECONDS = 30.0

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kdkernels.report.comparison import comparison_markdown
+from kdkernels.report.comparison_plot import draw_gains
 from kdkernels.report.tables import Table, demo_table, run_table, to_markdown
 
 from ..codegen.native.table import page as native_codegen_page
@@ -30,9 +32,11 @@ from .steps import by_provider, setup_table, setups
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 METHOD_PAGES = tuple(sorted(f"docs/methods/{path.name}" for path in (ROOT / "docs" / "methods").glob("*.md")))
-PAGES = ("benchmarks", "gkd-ablation", "methods", "non-local", "real-data")
+PAGES = ("benchmarks", "comparison", "gkd-ablation", "methods", "non-local", "real-data")
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in PAGES), *METHOD_PAGES)
 PICTURES = ROOT / "docs" / "benchmarks"
+#: results.json as `kdkernels compare-methods` writes it, and its picture.
+COMPARISON = ROOT / "docs" / "comparison"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -112,6 +116,10 @@ def demo() -> str:
     return to_markdown(demo_table(json.loads((RESULTS / "demo.json").read_text())))
 
 
+def comparison() -> dict[str, Any]:
+    return json.loads((COMPARISON / "results.json").read_text(encoding="utf-8"))
+
+
 def real(name: str) -> str:
     """The runs of one real data set, in the order in which the documented commands make them."""
     entries = json.loads((RESULTS / f"real-{name}.json").read_text())
@@ -171,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-kitti": lambda: real("kitti"),
     "real-coco-traffic": lambda: real("coco-traffic"),
     "methods": methods,
+    "comparison": lambda: comparison_markdown(comparison()),
     **{f"method-{name}": partial(block, name) for name in METHODS},
 }
 
@@ -185,6 +194,7 @@ def main() -> None:
     for name, compiled_page in (("codegen", codegen_page), ("native-codegen", native_codegen_page)):
         compiled = json.loads((RESULTS.parent / f"{name}.json").read_text(encoding="utf-8"))
         (PICTURES / f"{name}.md").write_text(compiled_page(compiled), encoding="utf-8")
+    draw_gains(comparison(), COMPARISON / "gains.png")
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))

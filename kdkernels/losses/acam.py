@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops.terms import ImitationTerm
-from ..pyramid import Gradients, Pyramid, accumulate, stack_levels
+from ..pyramid import Gradients, Pyramid, accumulate, quotient, stack_levels
 from .base import Method, preset_options
 from .comparison import ComparisonLoss, TeacherFeatures
 from .composed import student_levels
@@ -167,15 +167,9 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)[:, None]
 
 
-def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 without a gradient where b is 0: masks that have vanished altogether weigh nothing."""
-    gone = b == 0
-    return torch.where(gone, 0, a / torch.where(gone, 1, b))
-
-
 def _shares(masks: Tensor) -> Tensor:
-    """(N, K): the sum over m of masks (N, M, K), each divided by its own sum."""
-    return _quotient(masks, masks.sum(2, keepdim=True)).sum(1)
+    """(N, K): the sum over m of masks (N, M, K), each divided by its own sum; those that have vanished altogether weigh nothing."""
+    return quotient(masks, masks.sum(2, keepdim=True)).sum(1)
 
 
 def _overlap(masks: Tensor) -> Tensor:
@@ -184,7 +178,7 @@ def _overlap(masks: Tensor) -> Tensor:
         products = torch.bmm(masks, masks.transpose(1, 2))
     squares = products.diagonal(dim1=1, dim2=2)
     itself = torch.eye(masks.shape[1], dtype=torch.bool, device=masks.device)
-    return _quotient(2 * products, squares[:, :, None] + squares[:, None]).masked_fill(itself, 0).sum((1, 2))
+    return quotient(2 * products, squares[:, :, None] + squares[:, None]).masked_fill(itself, 0).sum((1, 2))
 
 
 def _imitation(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pyramid import accumulate
+from ..pyramid import accumulate, quotient
 from ..reference.box_mask import Boxes, is_padded
 
 #: Of every level the anchors nearest to a box are its candidates.
@@ -55,7 +55,7 @@ def overlaps(a: Tensor, b: Tensor) -> Tensor:
     width, height = ((torch.minimum(rows[..., k + 2], b[:, k + 2]) - torch.maximum(rows[..., k], b[:, k])).clamp(min=0) for k in (0, 1))
     shared = width * height
     areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (rows, b)]
-    return _quotient(shared, areas[0] + areas[1] - shared)
+    return quotient(shared, areas[0] + areas[1] - shared)
 
 
 def generalized_overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -65,12 +65,7 @@ def generalized_overlap(a: Tensor, b: Tensor) -> Tensor:
     area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
     union = area_a + area_b - shared
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    return _quotient(shared, union) - _quotient(hull - union, hull)
-
-
-def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    # NaN is kept: only an exact 0 has nothing to divide by.
-    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+    return quotient(shared, union) - quotient(hull - union, hull)
 
 
 def _padded(boxes: Boxes, like: Tensor) -> Tensor:
@@ -99,7 +94,7 @@ def _assign_one(anchors: Tensor, boxes: Tensor, counts: Sequence[int]) -> tuple[
     positive = torch.zeros_like(inside).scatter_(1, candidates, chosen >= threshold) & inside
 
     hull = torch.maximum(boxes[:, None, 2:], anchors[:, 2:]) - torch.minimum(boxes[:, None, :2], anchors[:, :2])
-    diou = iou - _quotient(squared, hull.square().sum(2))
+    diou = iou - quotient(squared, hull.square().sum(2))
     valuable = (diou < threshold) & (diou >= REGION * threshold)
     return positive.any(0), torch.where(valuable, iou, 0).amax(0)
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import transformed
 from ..ops.box_mask import check_boxes
-from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match
-from ..pyramid import split_over_images as split_over_images
+from ..pyramid import Gradients, Pyramid, as_pyramid, check_choice, check_match, quotient, split_over_images
 from ..reference.box_mask import Boxes, is_padded
 
 REDUCTIONS = ("sum", "none")
@@ -252,5 +251,4 @@ def level_scaled(rows: Tensor, weight: float, sizes: Sequence[Tensor]) -> Tensor
     """`split_over_images` of weight / size times each level's sum of `rows` (L, N); 0 where a level's size, a scalar, is 0."""
     if not sizes:
         return rows
-    counted = torch.stack(list(sizes)).to(rows.dtype)
-    return split_over_images(rows.sum(1) * torch.where(counted == 0, 0, weight / torch.where(counted == 0, 1, counted)), rows)
+    return split_over_images(rows.sum(1) * quotient(weight, torch.stack(list(sizes)).to(rows.dtype)), rows)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..outputs import HeadOutputs, as_maps, best_scores, check_outputs
-from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, level_shapes, split_over_images
+from ..outputs import HeadOutputs, as_maps, best_scores, check_outputs, detached
+from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, level_shapes, quotient, split_over_images
 from .assignment import overlaps
 from .base import DistillationLoss, Method, TeacherLosses, preset_options
 from .composed import student_levels
@@ -126,7 +126,7 @@ class GIDLoss(DistillationLoss):
         assert teacher_outputs is not None  # `require` has seen to it
         if len({x.shape[1] for x in features}) > 1:
             raise ValueError(f"GIDLoss relates the regions of all levels, which need equal channels: {level_shapes(features, names)}")
-        outputs = HeadOutputs(*(None if part is None else [x.detach() for x in part] for part in teacher_outputs))  # type: ignore[arg-type]
+        outputs = detached(teacher_outputs)
         strides = anchor_strides(outputs.anchors, [(x.shape[2], x.shape[3]) for x in features])
         return GIDSide([x.detach() for x in features], names, outputs, strides)
 
@@ -237,8 +237,7 @@ def distances(regions: Tensor) -> Tensor:
     """(K, K) from (K, D): the regions' distances, over the mean of those of two different ones; 0 where all are the same."""
     apart = torch.cdist(regions, regions, compute_mode="donot_use_mm_for_euclid_dist")
     count = len(regions)
-    mean = apart.sum() / (count * count - count)
-    return torch.where(mean == 0, 0, apart / torch.where(mean == 0, 1, mean))
+    return quotient(apart, apart.sum() / (count * count - count))
 
 
 def _torchvision_ops() -> Any:

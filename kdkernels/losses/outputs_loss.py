@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..outputs import HeadOutputs
+from ..outputs import HeadOutputs, detached
 from ..pyramid import Gradients, Pyramid, as_pyramid
 from .assignment import Assignment, assign
 from .base import DistillationLoss, TeacherLosses, boxes_like
@@ -55,7 +55,7 @@ class AssignedOutputsLoss(DistillationLoss):
     ) -> OutputsSide:
         assert teacher_outputs is not None  # `require` has seen to it
         features, _ = as_pyramid("teacher_features", teacher_features)
-        found = HeadOutputs(*(None if part is None else [x.detach() for x in part] for part in teacher_outputs))  # type: ignore[arg-type]
+        found = detached(teacher_outputs)
         if not found.anchors:
             return OutputsSide(found, Assignment([], []))
         device = found.anchors[0].device
