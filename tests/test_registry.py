@@ -67,7 +67,7 @@ def assert_agree(entry: Entry, given: Sample, mode: str, got: list[Tensor], want
 
 @pytest.mark.parametrize("baseline", ["eager", "paper"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_baselines_are_right(name: str, dtype: str, layout: str, baseline: str) -> None:
     entry = ENTRIES[name]
