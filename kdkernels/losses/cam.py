@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,27 +111,8 @@ class CamLoss(FGDLoss):
         cam = {"cam": self.beta} if self.variant == "both" else {}
         return {"foreground": self.alpha, **cam, "attention": self.gamma, "relation": self.lambda_}
 
-    def forward(  # type: ignore[override]
-        self,
-        student_features: Pyramid,
-        teacher_features: Pyramid,
-        student_gradients: Gradients | None = None,
-        teacher_gradients: Gradients | None = None,
-        boxes: Any = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Scalar, or (L, N) with reduction="none". Gradients have their features' shapes, boxes and image_size are FGDLoss's.
-
-        Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
-        """
-        return self.evaluate(
-            student_features,
-            teacher_features,
-            student_gradients=student_gradients,
-            teacher_gradients=teacher_gradients,
-            boxes=boxes,
-            image_size=image_size,
-        )
+    #: GKD's arguments.
+    forward = GKDLoss.forward  # type: ignore[assignment]
 
     def reading(self, features: list[Tensor], names: list[str], given: Given) -> Reading:
         return self._gkd.reading(features, names, given)._replace(temperature=self.temperature)
