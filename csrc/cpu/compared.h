@@ -1,5 +1,5 @@
 // Two pyramids compared channel by channel, for `channel_kl` and `correlation`: what is left of each channel of a band, and the rows of
-// the gradient. The formulas are those of kdkernels/triton/compared.py.
+// the gradient. The formulas are those of kdkernels/triton/compared_read.py and compared_write.py.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,13 @@ namespace kd {
 enum class Comparison { kl, cross_entropy, correlation };
 
 // Numbers that are left of a channel:
-//   kl, cross_entropy  m_s, the largest value of s, and z_s = sum exp((s - m_s) k), the same of t, and with e_t = exp((t - m_t) k)
-//                      sum e_t ((t - m_t) - (s - m_s)) k or, of cross_entropy, sum e_t (m_s - s) k
-//   correlation        means a and b of s and t less their origins, and the sums of (s - a)^2, (t - b)^2, (s - a) (t - b) and
-//                      ((s - a) - (t - b))^2
+//   kl, cross_entropy  m_s, the largest value of s, and z_s = sum exp((s - m_s) k), the same of t, and with e_t = exp((t - m_t) k) the
+//                      sum of e_t d, d = (t - m_t) k - (s - m_s) k or, of cross_entropy, (m_s - s) k; of kl also the sum of
+//                      e_t (exp(-d) - 1 + d), in which near distributions keep their digits
+//   correlation        means a and b of s and t less their origins, X = sum (s - a)^2, the slope of t by s and what it leaves of t,
+//                      sum (t - b - slope (s - a))^2
 constexpr int MOST_NUMBERS = 6;
-inline int numbers_of(Comparison kind) { return kind == Comparison::correlation ? 6 : 5; }
+constexpr int numbers_of(Comparison kind) { return kind == Comparison::kl ? 6 : 5; }
 
 // Elements of one channel.
 //   k                   1 / temperature;   origin_s, origin_t: what s and t are taken less, of the correlation

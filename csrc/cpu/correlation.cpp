@@ -10,22 +10,23 @@
 namespace kd {
 namespace {
 
-// What is known of a channel: five numbers for the gradient, and a_s, a_t, a_s - a_t and both means for the rows.
-constexpr int PLANES = 10;
+// What is known of a channel: five numbers for the gradient, and a_s, a_t and both means for the rows.
+constexpr int PLANES = 9;
 
 // One channel of a level: fills its planes and adds to the images' sums of (z_s - z_t)^2.
 void of_channel(const ComparedParts& parts, const Level& level, size_t index, int64_t c, double eps, float* plane, int64_t apart,
                 std::vector<double>& errors) {
+  constexpr int COUNT = numbers_of(Comparison::correlation);
   const int64_t images = level.images, bands = parts.bands(index), channels = level.channels;
   const double values = static_cast<double>(images) * level.pixels, others = std::max(values - 1, 1.0);
-  double mean_s = 0, mean_t = 0, of_s = 0, of_t = 0, of_both = 0;
+  double mean_s = 0, mean_t = 0, of_s = 0, of_both = 0, rest = 0;
   // Calls run(image, pixels, numbers) for each band of the channel.
   const auto each = [&](const auto& run) {
     for (int64_t image = 0; image < images; ++image) {
       const float* part = parts.part(index, image) + c;
-      for (int64_t band = 0; band < bands; ++band, part += MOST_NUMBERS * channels) {
-        double numbers[MOST_NUMBERS];
-        for (int k = 0; k < MOST_NUMBERS; ++k) numbers[k] = part[k * channels];
+      for (int64_t band = 0; band < bands; ++band, part += COUNT * channels) {
+        double numbers[COUNT];
+        for (int k = 0; k < COUNT; ++k) numbers[k] = part[k * channels];
         run(image, static_cast<double>(parts.pixels(index, band)), numbers);
       }
     }
@@ -37,24 +38,22 @@ void of_channel(const ComparedParts& parts, const Level& level, size_t index, in
   each([&](int64_t, double pixels, const double* numbers) {
     const double s = numbers[0] - mean_s, t = numbers[1] - mean_t;
     of_s += numbers[2] + pixels * s * s;
-    of_t += numbers[3] + pixels * t * t;
-    of_both += numbers[4] + pixels * s * t;
+    of_both += numbers[3] * numbers[2] + pixels * s * t;
   });
-  const double sigma_s = std::sqrt(of_s / others), sigma_t = std::sqrt(of_t / others);
-  const double a_s = 1 / (sigma_s + eps), a_t = 1 / (sigma_t + eps), more = a_s * a_t * (sigma_t - sigma_s);
-  const bool still = of_s == 0;
-  const double u = a_s * a_s * (still ? 1 : a_s * eps + a_t * of_both / (others * sigma_s)) / (values * channels);
-  const double v = -a_s * a_t / (values * channels);
+  const double slope = of_s > 0 ? of_both / of_s : 0;
+  each([&](int64_t, double pixels, const double* numbers) {
+    const double tilted = numbers[3] - slope, away = numbers[1] - mean_t - slope * (numbers[0] - mean_s);
+    rest += numbers[4] + tilted * numbers[2] * tilted + pixels * away * away;
+  });
+  const double sigma_s = std::sqrt(of_s / others), sigma_t = std::sqrt((rest + slope * of_both) / others);
+  const double a_s = 1 / (sigma_s + eps), a_t = 1 / (sigma_t + eps);
+  const double v = -a_s * a_t / (values * channels), u = a_s * a_s * eps * (a_s - a_t * slope) / (values * channels) - v * slope;
   const std::vector<float>& origins = parts.origins(index);
-  const double w = -u * mean_s - v * mean_t;
-  const double known[PLANES] = {origins[c], u, origins[channels + c], v, w, a_s, a_t, more, mean_s, mean_t};
+  const double known[PLANES] = {origins[c], u, origins[channels + c], v, -u * mean_s - v * mean_t, a_s, a_t, mean_s, mean_t};
   for (int k = 0; k < PLANES; ++k) plane[k * apart] = static_cast<float>(known[k]);
-  const bool one_scale = std::abs(more) < 0.5 * a_s;
   each([&](int64_t image, double pixels, const double* numbers) {
-    const double x = numbers[2], y = numbers[3], apart_by = a_s * (numbers[0] - mean_s) - a_t * (numbers[1] - mean_t);
-    const double within = one_scale ? a_s * a_t * numbers[5] + more * (a_s * x - a_t * y)
-                                    : a_s * a_s * x + a_t * a_t * y - 2 * a_s * a_t * numbers[4];
-    errors[image] += within + pixels * apart_by * apart_by;
+    const double along = a_s - a_t * numbers[3], away = a_s * (numbers[0] - mean_s) - a_t * (numbers[1] - mean_t);
+    errors[image] += along * numbers[2] * along + a_t * numbers[4] * a_t + pixels * away * away;
   });
 }
 

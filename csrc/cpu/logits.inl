@@ -51,18 +51,6 @@ KD_INLINE Floats log_1_plus(const Floats& e) {
   return 2.0f * (z + z * y * series);
 }
 
-// exp(-x) - 1 + x of |x| <= 1/2.
-KD_INLINE Floats second_order(const Floats& x) {
-  Floats h = all(-1.0f / 362880);
-  h = h * x + 1.0f / 40320;
-  h = h * x - 1.0f / 5040;
-  h = h * x + 1.0f / 720;
-  h = h * x - 1.0f / 120;
-  h = h * x + 1.0f / 24;
-  h = h * x - 1.0f / 6;
-  return x * x * (h * x + 0.5f);
-}
-
 // sigma of |x| and of -|x|, and exp(-|x|).
 struct Sigmas {
   Floats large, small, e;

@@ -49,11 +49,23 @@ struct JoinBands {
       for (int i = 0; i < Part::kCount; ++i) other.v[i] = shared.numbers[warp][i][me.lane()];
       found.join(other, 0, 0, k);
     }
-    const auto& [m_s, z_s, m_t, z_t, differences] = found.v;
+    const float m_s = found.v[0], z_s = found.v[1], m_t = found.v[2], z_t = found.v[3], mean = found.v[4] / z_t;
     const int64_t at = place.vector + n * place.channels + c;
     planes[at] = m_s, planes[apart + at] = 1 / z_s, planes[2 * apart + at] = m_t, planes[3 * apart + at] = 1 / z_t;
-    // Of the quotient, as the logarithms' difference may be far smaller than they are.
-    values[at] = differences / z_t + logf(kKind == Comparison::kl ? z_s / z_t : z_s);
+    if constexpr (kKind == Comparison::kl) {
+      values[at] = divergence(mean, found.v[5] / z_t, z_s / z_t);
+    } else {
+      values[at] = mean + logf(z_s);
+    }
+  }
+
+ private:
+  // sum p (log p - log q), from the sums over z_t and z_s / z_t: of near distributions by its second-order terms.
+  KD_DEVICE static float divergence(float mean, float second, float ratio) {
+    if (!(fabsf(mean) < 0.5f)) return mean + logf(ratio);
+    // Of differences less their mean.
+    const float rest = (1 - mean + second) * second_order(-mean) - mean * mean + second * (1 + mean);
+    return rest < 0 ? 0.0f : log1pf(rest);
   }
 };
 

@@ -1,5 +1,5 @@
 // Two pyramids compared channel by channel, for `channel_kl` and `correlation`: one read of both, which leaves some numbers of each channel
-// of a band, and the write pass. The formulas are those of kdkernels/triton/compared.py.
+// of a band, and the write pass. The formulas are those of kdkernels/triton/compared_read.py and compared_write.py.
 #pragma once
 
 #include <cfloat>
@@ -14,17 +14,18 @@ namespace kd {
 enum class Comparison { kl, cross_entropy, correlation };
 
 // The numbers of a channel of some pixels.
-//   kl, cross_entropy  m_s, the largest value of s, and z_s = sum exp((s - m_s) k), the same of t, and with e_t = exp((t - m_t) k)
-//                      sum e_t ((t - m_t) - (s - m_s)) k or, of cross_entropy, sum e_t (m_s - s) k
-//   correlation        means a and b of s and t less their origins, and the sums of (s - a)^2, (t - b)^2, (s - a) (t - b) and
-//                      ((s - a) - (t - b))^2
+//   kl, cross_entropy  m_s, the largest value of s, and z_s = sum exp((s - m_s) k), the same of t, and with e_t = exp((t - m_t) k) the
+//                      sum of e_t d, d = (t - m_t) k - (s - m_s) k or, of cross_entropy, (m_s - s) k; of kl also the sum of
+//                      e_t (exp(-d) - 1 + d), in which near distributions keep their digits
+//   correlation        means a and b of s and t less their origins, X = sum (s - a)^2, the slope of t by s and what it leaves of t,
+//                      sum (t - b - slope (s - a))^2
 template <Comparison kKind>
 struct ComparedNumbers {
-  static constexpr bool kMoments = kKind == Comparison::correlation;
-  static constexpr int kCount = kMoments ? 6 : 5;
+  static constexpr bool kMoments = kKind == Comparison::correlation, kDivergence = kKind == Comparison::kl;
+  static constexpr int kCount = kDivergence ? 6 : 5;
   float v[kCount];
 
-  // Of no pixel.
+  // Of no pixel. The largest value is finite, so that values of -inf are smaller and differ from it by no NaN.
   KD_DEVICE static ComparedNumbers none() {
     ComparedNumbers made{};
     if (!kMoments) made.v[0] = made.v[2] = -FLT_MAX;
@@ -43,10 +44,17 @@ struct ComparedNumbers {
         made.v[1] += i < count ? t[i] : 0.0f;
       }
       made.v[0] *= one, made.v[1] *= one;
+      float of_both = 0;
       KD_UNROLL
       for (int i = 0; i < kMost; ++i) {
         const float x = i < count ? s[i] - made.v[0] : 0.0f, y = i < count ? t[i] - made.v[1] : 0.0f;
-        made.v[2] += x * x, made.v[3] += y * y, made.v[4] += x * y, made.v[5] += (x - y) * (x - y);
+        made.v[2] += x * x, of_both += x * y;
+      }
+      made.v[3] = slope_of(made.v[2], of_both);
+      KD_UNROLL
+      for (int i = 0; i < kMost; ++i) {
+        const float rest = i < count ? t[i] - made.v[1] - made.v[3] * (s[i] - made.v[0]) : 0.0f;
+        made.v[4] += rest * rest;
       }
       join(made, before, pixels, k);
     } else {
@@ -59,10 +67,7 @@ struct ComparedNumbers {
       raise(top_s, top_t, k);
       KD_UNROLL
       for (int i = 0; i < kMost; ++i) {
-        const float d_s = (s[i] - top_s) * k, d_t = (t[i] - top_t) * k, e = expf(d_t);
-        v[1] += i < count ? expf(d_s) : 0.0f;
-        v[3] += i < count ? e : 0.0f;
-        v[4] += i < count ? e * (kKind == Comparison::kl ? d_t - d_s : -d_s) : 0.0f;
+        if (i < count) add(s[i], t[i], k);
       }
     }
   }
@@ -71,26 +76,44 @@ struct ComparedNumbers {
   KD_DEVICE void join(ComparedNumbers other, float mine, float others, float k) {
     if constexpr (kMoments) {
       const float all = mine + others, share = others / (all > 0 ? all : 1.0f), weight = mine * share;
-      const float s = other.v[0] - v[0], t = other.v[1] - v[1];
+      const float s = other.v[0] - v[0], t = other.v[1] - v[1], squares = v[2] + other.v[2] + s * s * weight;
+      const float slope = slope_of(squares, v[3] * v[2] + other.v[3] * other.v[2] + s * t * weight);
+      const float first = v[3] - slope, second = other.v[3] - slope, between = t - slope * s;
       v[0] += s * share, v[1] += t * share;
-      v[2] += other.v[2] + s * s * weight, v[3] += other.v[3] + t * t * weight;
-      v[4] += other.v[4] + s * t * weight, v[5] += other.v[5] + (s - t) * (s - t) * weight;
+      v[4] += other.v[4] + first * v[2] * first + second * other.v[2] * second + between * between * weight;
+      v[2] = squares, v[3] = slope;
     } else {
       const float top_s = fmaxf(v[0], other.v[0]), top_t = fmaxf(v[2], other.v[2]);
       raise(top_s, top_t, k);
       other.raise(top_s, top_t, k);
       v[1] += other.v[1], v[3] += other.v[3], v[4] += other.v[4];
+      if constexpr (kDivergence) v[5] += other.v[5];
     }
   }
 
  private:
+  KD_DEVICE static float slope_of(float of_s, float of_both) { return of_s > 0 ? of_both / of_s : 0.0f; }
+
+  // One pixel, none of whose values is larger than the largest.
+  KD_DEVICE void add(float s, float t, float k) {
+    s -= v[0], t -= v[2];
+    const float e_s = expf(s * k), e_t = expf(t * k), d = (kDivergence ? t - s : -s) * k;
+    v[1] += e_s, v[3] += e_t, v[4] += e_t * d;
+    if constexpr (kDivergence) v[5] += fabsf(d) < 0.5f && e_t > 0 ? e_t * second_order(d) : e_s - e_t + e_t * d;
+  }
+
   // The same numbers as of larger largest values.
   KD_DEVICE void raise(float top_s, float top_t, float k) {
     const float s = (v[0] - top_s) * k, t = (v[2] - top_t) * k, e = expf(t);
-    // Of no pixel the step is out of all bounds.
-    v[4] = e * (v[4] + (v[3] == 0 ? 0.0f : v[3] * (kKind == Comparison::kl ? t - s : -s)));
-    v[1] *= expf(s), v[3] *= e;
-    v[0] = top_s, v[2] = top_t;
+    // What differences grow by. Of no pixel the step is out of all bounds.
+    const float more = v[3] == 0 ? 0.0f : kDivergence ? t - s : -s, z_s = v[1] * expf(s), z_t = v[3] * e;
+    const float grown = e * (v[4] + v[3] * more);
+    if constexpr (kDivergence) {
+      v[5] = fabsf(more) < 0.5f && v[3] > 0
+                 ? e * ((v[3] - v[4] + v[5]) * second_order(more) + v[4] * more + v[5] * (1 - more))
+                 : z_s - z_t + grown;
+    }
+    v[0] = top_s, v[1] = z_s, v[2] = top_t, v[3] = z_t, v[4] = grown;
   }
 };
 

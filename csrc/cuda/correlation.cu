@@ -9,8 +9,8 @@ namespace kd {
 namespace {
 
 using Part = ComparedNumbers<Comparison::correlation>;
-// What is known of a channel: five numbers for the gradient, and a_s, a_t, a_s - a_t and both means for the rows.
-constexpr int kPlanes = 10;
+// What is known of a channel: five numbers for the gradient, and a_s, a_t and both means for the rows.
+constexpr int kPlanes = 9;
 
 // The levels of a launch as both kernels take them.
 struct Moments {
@@ -74,16 +74,14 @@ struct KnowChannels {
       found.join(other, pixels, shared.pixels[warp], 0);
       pixels += shared.pixels[warp];
     }
-    const auto& [mean_s, mean_t, of_s, of_t, of_both, difference] = found.v;
+    const auto& [mean_s, mean_t, of_s, slope, rest] = found.v;
     const float values = static_cast<float>(images * place.pixels), others = values > 1 ? values - 1 : 1.0f;
-    const float sigma_s = sqrtf(of_s / others), sigma_t = sqrtf(of_t / others), a_s = 1 / (sigma_s + eps), a_t = 1 / (sigma_t + eps);
-    // sigma_t - sigma_s without the rounding of both.
-    const float apart = of_s == of_t ? 0.0f : (of_t - of_s) / (others * (sigma_s + sigma_t));
+    const float a_s = 1 / (sqrtf(of_s / others) + eps), a_t = 1 / (sqrtf((rest + slope * of_s * slope) / others) + eps);
     const float by = 1 / (values * static_cast<float>(place.channels));
-    const float u = a_s * a_s * (of_s == 0 ? 1.0f : a_s * eps + a_t * (of_both / (others * sigma_s))) * by, v = -a_s * a_t * by;
+    const float v = -a_s * a_t * by, u = a_s * a_s * eps * (a_s - a_t * slope) * by - v * slope;
     const int64_t first = place.last ? c : c * place.pixels;
     const float of_s_first = element_at(s[level], first), of_t_first = element_at(t[level], first), w = -u * mean_s - v * mean_t;
-    const float known[kPlanes] = {of_s_first, u, of_t_first, v, w, a_s, a_t, a_s * a_t * apart, mean_s, mean_t};
+    const float known[kPlanes] = {of_s_first, u, of_t_first, v, w, a_s, a_t, mean_s, mean_t};
     KD_UNROLL
     for (int i = 0; i < kPlanes; ++i) moments.plane_of(level, c)[i * moments.apart] = known[i];
   }
@@ -111,12 +109,10 @@ struct SumErrors {
     for (int64_t i = me.index(); i < bands * place.channels; i += kThreads) {
       const int64_t band = i / place.channels, c = i % place.channels;
       const float* const plane = moments.plane_of(level, c);
-      const float a_s = plane[5 * moments.apart], a_t = plane[6 * moments.apart], more = plane[7 * moments.apart];
-      const Part found = moments.part_of(level, n * bands + band, c);
-      const float away = a_s * (found.v[0] - plane[8 * moments.apart]) - a_t * (found.v[1] - plane[9 * moments.apart]);
-      const float of_one_scale = a_s * a_t * found.v[5] + more * (a_s * found.v[2] - a_t * found.v[3]);
-      const float of_others = a_s * a_s * found.v[2] + a_t * a_t * found.v[3] - 2 * a_s * a_t * found.v[4];
-      total += (fabsf(more) < 0.5f * a_s ? of_one_scale : of_others) + moments.pixels_of(level, band) * away * away;
+      const float a_s = plane[5 * moments.apart], a_t = plane[6 * moments.apart];
+      const auto [mean_s, mean_t, of_s, slope, rest] = moments.part_of(level, n * bands + band, c).v;
+      const float along = a_s - a_t * slope, away = a_s * (mean_s - plane[7 * moments.apart]) - a_t * (mean_t - plane[8 * moments.apart]);
+      total += along * of_s * along + a_t * rest * a_t + moments.pixels_of(level, band) * away * away;
     }
     total = block_sum(me, total, shared.of_warp, kWarps);
     const float values = 2.0f * static_cast<float>(places.images) * static_cast<float>(place.pixels) * static_cast<float>(place.channels);

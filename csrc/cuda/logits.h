@@ -26,18 +26,6 @@ KD_DEVICE void write_element(char* to, Type type, int64_t at, float x) {
   }
 }
 
-// exp(-x) - 1 + x of |x| <= 1/2. Differences of what is nearly equal, sigmas or distributions, come from it, so that they keep their digits.
-KD_BOTH float second_order(float x) {
-  float h = -1.0f / 362880;
-  h = h * x + 1.0f / 40320;
-  h = h * x - 1.0f / 5040;
-  h = h * x + 1.0f / 720;
-  h = h * x - 1.0f / 120;
-  h = h * x + 1.0f / 24;
-  h = h * x - 1.0f / 6;
-  return x * x * (h * x + 0.5f);
-}
-
 // The levels of a launch.
 //   weight  packed maps, null for 1;   grad: (L, N), null where sums are wanted
 //   out     of each level, for the gradient;   parts: a sum a block

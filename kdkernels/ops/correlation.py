@@ -35,7 +35,7 @@ def correlation(s: Pyramid, t: Pyramid, eps: float = 1e-6) -> Tensor:
 
 
 def _rows_and_planes(s: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-    planes = 10 * sum(x.shape[1] for x in s)
+    planes = 9 * sum(x.shape[1] for x in s)
     return s[0].new_empty((len(s), s[0].shape[0]), dtype=torch.float32), s[0].new_empty(planes, dtype=torch.float32)
 
 

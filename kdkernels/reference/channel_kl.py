@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..pyramid import accumulate, stack_levels
@@ -18,8 +19,18 @@ def channel_kl(s: Sequence[Tensor], t: Sequence[Tensor], temperature: float = 1.
     rows = []
     for a, b in zip(s, t, strict=True):
         log_q, log_p = _log_softmax(accumulate(a), temperature), _log_softmax(accumulate(b.detach()), temperature)
-        rows.append((log_p.exp() * (log_p - log_q if entropy else -log_q)).sum((1, 2, 3)))
+        rows.append((_divergence(log_p, log_q) if entropy else -log_p.exp() * log_q).sum((1, 2, 3)))
     return stack_levels(rows)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p * (log p - log q) + q - p, whose sum over a distribution is the divergence, and which is never negative."""
+    p, q = log_p.exp(), log_q.exp()
+    # Of distributions that differ little nothing is left but second-order terms: these must not be differences of numbers of order 1.
+    ratio = log_p - log_q
+    near = ratio.abs() < 1
+    small = torch.where(near, ratio, 0)
+    return torch.where(near, p * (torch.expm1(-small) + small), q - p + p * ratio)
 
 
 def _log_softmax(x: Tensor, temperature: float) -> Tensor:

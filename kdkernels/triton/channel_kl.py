@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compared_read import KL_NUMBERS, read
+from .compared_read import CROSS_ENTROPY_NUMBERS, KL_NUMBERS, LOWEST, raised, read
 from .compared_write import write
 from .levels import Geometry, Sizes, integers, launches, offsets, pick_integer, pick_offset, remembered, sizes_of
+from .series import log_1_plus, second_order
 
 #: Bands and channels that a program takes at a time.
 _BLOCKS = {"BANDS": 8, "BLOCK": 64, "num_warps": 4}
@@ -51,53 +52,64 @@ def _rows(
     KIND: tl.constexpr, BANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """An image's bands brought together: its row, and the planes of its channels."""
+    NUMBERS: tl.constexpr = KL_NUMBERS if KIND == "kl" else CROSS_ENTROPY_NUMBERS
     level = tl.program_id(0) // images
     n = (tl.program_id(0) % images).to(tl.int64)
     count = pick_integer(bands, level)
     C = pick_integer(channels, level)
-    parts += pick_offset(firsts, level) + n * count * KL_NUMBERS * C
+    parts += pick_offset(firsts, level) + n * count * NUMBERS * C
     planes += pick_offset(places, level) + n * C
     k = tl.cast(inverse_temperature, tl.float32)
     value = tl.zeros([BLOCK], tl.float32)
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
         inside = c < C
-        m_s = tl.full([BLOCK], -float("inf"), tl.float32)
+        m_s = tl.full([BLOCK], LOWEST, tl.float32)
         m_t = m_s
         for begin in range(0, count, BANDS):
-            at, there = _bands(begin, count, c, C, BANDS)
-            m_s = tl.maximum(m_s, tl.max(tl.load(parts + at, there, -float("inf")), 0))
-            m_t = tl.maximum(m_t, tl.max(tl.load(parts + at + 2 * C, there, -float("inf")), 0))
-        # Behind the last channel numbers that do no harm.
-        m_s = tl.where(inside, m_s, 0.0)
-        m_t = tl.where(inside, m_t, 0.0)
+            at, there = _bands(begin, count, c, C, BANDS, NUMBERS)
+            m_s = tl.maximum(m_s, tl.max(tl.load(parts + at, there, LOWEST), 0))
+            m_t = tl.maximum(m_t, tl.max(tl.load(parts + at + 2 * C, there, LOWEST), 0))
         z_s = tl.zeros([BLOCK], tl.float32)
         z_t = z_s
         a = z_s
+        b = z_s
         for begin in range(0, count, BANDS):
-            at, there = _bands(begin, count, c, C, BANDS)
+            at, there = _bands(begin, count, c, C, BANDS, NUMBERS)
             r = tl.where(there, (tl.load(parts + at, there, 0.0) - m_s[None, :]) * k, 0.0)
             u = tl.where(there, (tl.load(parts + at + 2 * C, there, 0.0) - m_t[None, :]) * k, 0.0)
-            y_s = tl.load(parts + at + C, there, 0.0)
-            y_t = tl.load(parts + at + 3 * C, there, 0.0)
-            grown = u - r if KIND == "kl" else -r
-            e = tl.exp(u)
-            z_s += tl.sum(y_s * tl.exp(r), 0)
-            z_t += tl.sum(y_t * e, 0)
-            a += tl.sum(e * (tl.load(parts + at + 4 * C, there, 0.0) + y_t * grown), 0)
+            own, other = tl.load(parts + at + C, there, 0.0), tl.load(parts + at + 3 * C, there, 0.0)
+            differences = tl.load(parts + at + 4 * C, there, 0.0)
+            second = tl.load(parts + at + 5 * C, there, 0.0) if KIND == "kl" else differences
+            own, other, differences, second = raised(own, other, differences, second, r, u, KIND)
+            z_s += tl.sum(own, 0)
+            z_t += tl.sum(other, 0)
+            a += tl.sum(differences, 0)
+            b += tl.sum(second, 0)
+        # Behind the last channel numbers that do no harm.
         z_s, z_t = tl.where(inside, z_s, 1.0), tl.where(inside, z_t, 1.0)
         tl.store(planes + c, m_s, inside)
         tl.store(planes + tl.cast(total, tl.int64) + c, tl.div_rn(1.0, z_s), inside)
         tl.store(planes + tl.cast(total, tl.int64) * 2 + c, m_t, inside)
         tl.store(planes + tl.cast(total, tl.int64) * 3 + c, tl.div_rn(1.0, z_t), inside)
-        # Of the quotient, as the logarithms' difference may be far smaller than they are.
-        spread = tl.log(tl.div_rn(z_s, z_t) if KIND == "kl" else z_s)
-        value += tl.where(inside, tl.div_rn(a, z_t) + spread, 0.0)
+        mean = tl.div_rn(a, z_t)
+        found = _value(mean, tl.div_rn(b, z_t), tl.div_rn(z_s, z_t)) if KIND == "kl" else mean + tl.log(z_s)
+        value += tl.where(inside, found, 0.0)
     tl.store(rows + pick_integer(indices, level) * images + n, tl.sum(value, 0))
 
 
 @triton.jit
-def _bands(begin, count, c, C, BANDS: tl.constexpr):
+def _value(mean, second, ratio):
+    """sum p (log p - log q), from the sums over z_t and z_s / z_t: of near distributions by its second-order terms."""
+    # Of differences less their mean.
+    rest = (1.0 - mean + second) * second_order(-mean) - mean * mean + second * (1.0 + mean)
+    rest = tl.where(rest < 0.0, 0.0, rest)
+    near = tl.where(rest < 1.0, log_1_plus(rest), tl.log(1.0 + rest))
+    return tl.where(tl.abs(mean) < 0.5, near, mean + tl.log(ratio))
+
+
+@triton.jit
+def _bands(begin, count, c, C, BANDS: tl.constexpr, NUMBERS: tl.constexpr):
     """Where the first number of some bands' parts lies, (BANDS, channels), and which are there."""
     band = begin + tl.arange(0, BANDS)
-    return (band.to(tl.int64) * (KL_NUMBERS * C))[:, None] + c[None, :], (band < count)[:, None] & (c < C)[None, :]
+    return (band.to(tl.int64) * (NUMBERS * C))[:, None] + c[None, :], (band < count)[:, None] & (c < C)[None, :]

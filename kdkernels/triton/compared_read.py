@@ -4,9 +4,11 @@ A program leaves some numbers of each channel of its band, its part. They are re
 no digits; programs of a second, small launch bring an image's bands together.
 A part of `channel_kl` (KL) has, with k = 1 / temperature and e_t = exp((t - m_t) k),
     [0] [1]  m_s, the largest value of s, and z_s = sum exp((s - m_s) k)      [2] [3]  m_t and z_t of t
-    [4]      sum e_t ((t - m_t) - (s - m_s)) k, for the cross-entropy sum e_t (m_s - s) k
+    [4]      sum e_t d with d = (t - m_t) k - (s - m_s) k, for the cross-entropy with d = (m_s - s) k
+    [5]      for KL sum e_t (exp(-d) - 1 + d), in which near distributions keep their digits
 and one of `correlation`, of s and t less their values at the level's first pixel of the channel,
-    [0] [1]  means a and b      [2] [3] [4] [5]  sum (s - a)^2, sum (t - b)^2, sum (s - a) (t - b), sum ((s - a) - (t - b))^2
+    [0] [1]  means a and b      [2]  X = sum (s - a)^2      [3]  the slope of t by s, sum (s - a) (t - b) / X
+    [4]      what it leaves of t, sum (t - b - slope (s - a))^2
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ from torch import Tensor
 from . import launch
 from .compared import across, down, fitted_blocks, heuristic, launch_plan, locate_band, tile_offsets
 from .levels import ceil_div, dense, is_last, offsets, pick, pick_offset, sizes_of, types_of
+from .series import second_order
 
 #: Numbers of a part.
-KL_NUMBERS, CORRELATION_NUMBERS = tl.constexpr(5), tl.constexpr(6)
+KL_NUMBERS, CROSS_ENTROPY_NUMBERS, CORRELATION_NUMBERS = tl.constexpr(6), tl.constexpr(5), tl.constexpr(5)
+NUMBERS = {"kl": KL_NUMBERS.value, "cross_entropy": CROSS_ENTROPY_NUMBERS.value, "correlation": CORRELATION_NUMBERS.value}
+#: The largest value of no pixels: finite, so that values of -inf are smaller and differ from it by no NaN.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class Parts(NamedTuple):
@@ -48,7 +54,7 @@ def read(s: Sequence[Tensor], t: Sequence[Tensor], kind: str, inverse_temperatur
     levels, others = dense(s, last), dense(t, last)
     blocks = fitted_blocks(launch.parameters("compared_read", heuristic, levels, last), channels, pixels, last)
     length = blocks["PIXELS"] * blocks["STEPS"]
-    count = (CORRELATION_NUMBERS if kind == "correlation" else KL_NUMBERS).value
+    count = NUMBERS[kind]
     bands = tuple(ceil_div(p, length) for p in pixels)
     firsts = tuple(accumulate((images * b * c * count for b, c in zip(bands, channels, strict=True)), initial=0))
     parts = s[0].new_empty(firsts[-1], dtype=torch.float32)
@@ -74,31 +80,49 @@ def read(s: Sequence[Tensor], t: Sequence[Tensor], kind: str, inverse_temperatur
 
 
 @triton.jit
+def raised(z_s, z_t, a, b, s, t, KIND: tl.constexpr):
+    """The sums of a part of `channel_kl`, [1] [3] [4] [5], less larger values: exponents fall by -s and -t."""
+    e = tl.exp(t)
+    # What differences grow by.
+    more = tl.where(z_t == 0.0, 0.0, t - s if KIND == "kl" else -s)
+    y_s, y_t, grown, second = z_s * tl.exp(s), z_t * e, e * (a + z_t * more), b
+    if KIND == "kl":
+        near = (z_t - a + b) * second_order(more) + a * more + b * (1.0 - more)
+        second = tl.where((tl.abs(more) < 0.5) & (z_t > 0.0), e * near, y_s - y_t + grown)
+    return y_s, y_t, grown, second
+
+
+@triton.jit
 def _joined(found, other, k, KIND: tl.constexpr):
     """The part of two sets of pixels of `channel_kl` together, from that of each."""
-    m_s, z_s, m_t, z_t, a = found
-    n_s, y_s, n_t, y_t, b = other
+    m_s, z_s, m_t, z_t, a, b = found
+    n_s, y_s, n_t, y_t, c, d = other
     top_s = tl.maximum(m_s, n_s)
     top_t = tl.maximum(m_t, n_t)
-    s, t = (m_s - top_s) * k, (m_t - top_t) * k
-    r, u = (n_s - top_s) * k, (n_t - top_t) * k
-    # What differences grow by where the largest values do.
-    own, others = (t - s, u - r) if KIND == "kl" else (-s, -r)
-    total = tl.exp(t) * (a + z_t * own) + tl.exp(u) * (b + y_t * others)
-    return top_s, z_s * tl.exp(s) + y_s * tl.exp(r), top_t, z_t * tl.exp(t) + y_t * tl.exp(u), total
+    z_s, z_t, a, b = raised(z_s, z_t, a, b, (m_s - top_s) * k, (m_t - top_t) * k, KIND)
+    y_s, y_t, c, d = raised(y_s, y_t, c, d, (n_s - top_s) * k, (n_t - top_t) * k, KIND)
+    return top_s, z_s + y_s, top_t, z_t + y_t, a + c, b + d
 
 
 @triton.jit
 def _divergence(s, t, mask, k, KIND: tl.constexpr, LAST: tl.constexpr, AXIS: tl.constexpr):
     """The part of a tile of `channel_kl`."""
-    m_s = tl.max(tl.where(mask, s, -float("inf")), AXIS)
-    m_t = tl.max(tl.where(mask, t, -float("inf")), AXIS)
-    d_s = tl.where(mask, (s - across(m_s, LAST)) * k, 0.0)
-    d_t = tl.where(mask, (t - across(m_t, LAST)) * k, 0.0)
-    e_s = tl.where(mask, tl.exp(d_s), 0.0)
-    e_t = tl.where(mask, tl.exp(d_t), 0.0)
-    differences = d_t - d_s if KIND == "kl" else -d_s
-    return m_s, tl.sum(e_s, AXIS), m_t, tl.sum(e_t, AXIS), tl.sum(e_t * differences, AXIS)
+    m_s = tl.maximum(tl.max(tl.where(mask, s, LOWEST), AXIS), LOWEST)
+    m_t = tl.maximum(tl.max(tl.where(mask, t, LOWEST), AXIS), LOWEST)
+    from_s = tl.where(mask, s - across(m_s, LAST), 0.0)
+    from_t = tl.where(mask, t - across(m_t, LAST), 0.0)
+    e_s = tl.where(mask, tl.exp(from_s * k), 0.0)
+    e_t = tl.where(mask, tl.exp(from_t * k), 0.0)
+    d = (from_t - from_s if KIND == "kl" else -from_s) * k
+    second = e_t * second_order(d)
+    if KIND == "kl":
+        second = tl.where((tl.abs(d) < 0.5) & (e_t > 0.0), second, e_s - e_t + e_t * d)
+    return m_s, tl.sum(e_s, AXIS), m_t, tl.sum(e_t, AXIS), tl.sum(e_t * d, AXIS), tl.sum(second, AXIS)
+
+
+@triton.jit
+def _slope(of_s, of_both):
+    return tl.where(of_s > 0.0, of_both / of_s, 0.0)
 
 
 @triton.jit
@@ -108,20 +132,25 @@ def _moments(s, t, mask, count, LAST: tl.constexpr, AXIS: tl.constexpr):
     b = tl.sum(tl.where(mask, t, 0.0), AXIS) / count
     x = tl.where(mask, s - across(a, LAST), 0.0)
     y = tl.where(mask, t - across(b, LAST), 0.0)
-    return a, b, tl.sum(x * x, AXIS), tl.sum(y * y, AXIS), tl.sum(x * y, AXIS), tl.sum((x - y) * (x - y), AXIS)
+    of_s = tl.sum(x * x, AXIS)
+    slope = _slope(of_s, tl.sum(x * y, AXIS))
+    rest = y - across(slope, LAST) * x
+    return a, b, of_s, slope, tl.sum(rest * rest, AXIS)
 
 
 @triton.jit
 def _together(found, before, other, count):
     """The part of `before` and of `count` pixels of `correlation` together, from that of each."""
-    a, b, x, y, p, d = found
-    a2, b2, x2, y2, p2, d2 = other
+    a, b, of_s, slope, rest = found
+    a2, b2, of_s2, slope2, rest2 = other
     s, t = a2 - a, b2 - b
     share = count / (before + count)
     weight = before * share
-    x += x2 + s * s * weight
-    y += y2 + t * t * weight
-    return a + s * share, b + t * share, x, y, p + p2 + s * t * weight, d + d2 + (s - t) * (s - t) * weight
+    squares = of_s + of_s2 + s * s * weight
+    whole = _slope(squares, slope * of_s + slope2 * of_s2 + s * t * weight)
+    first, second, between = slope - whole, slope2 - whole, t - whole * s
+    rest += rest2 + first * of_s * first + second * of_s2 * second + between * between * weight
+    return a + s * share, b + t * share, squares, whole, rest
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -181,13 +210,14 @@ def _read_band(
     C, P = (inner, P) if LAST else (C, inner)
     below = c < C
     none = tl.zeros(c.shape, tl.float32)
-    # A channel's first pixel: of the level, what its values are near to; of the band, what its largest value is at least.
     image = n * C * P
-    at = _pixel(c, 0, inner, LAST) if KIND == "correlation" else image + _pixel(c, first, inner, LAST)
-    s_0 = tl.load(s + at, below, 0.0).to(tl.float32)
-    t_0 = tl.load(t + at, below, 0.0).to(tl.float32)
-    found = (none, none, none, none, none, none) if KIND == "correlation" else (s_0, none, t_0, none, none)
+    lowest = none + LOWEST
+    found = (none, none, none, none, none) if KIND == "correlation" else (lowest, none, lowest, none, none, none)
     if KIND == "correlation":
+        # Values are taken less the channel's first of the level.
+        at = _pixel(c, 0, inner, LAST)
+        s_0 = tl.load(s + at, below, 0.0).to(tl.float32)
+        t_0 = tl.load(t + at, below, 0.0).to(tl.float32)
         alone = below & (n == 0) & (first == 0)
         tl.store(planes + c, s_0, alone)
         tl.store(planes + 2 * tl.cast(total, tl.int64) + c, t_0, alone)

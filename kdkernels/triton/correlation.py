@@ -1,11 +1,11 @@
 """`correlation` and its gradient: a read and a write pass over both pyramids, and between them programs for some channels and for an image.
 
-Of a channel with the moments X = sum (s - mean)^2, Y of t, K of both and D of their difference over the M values of all images, deviation
-sigma = sqrt(X / (M - 1)) and a = 1 / (sigma + eps), sum (z_s - z_t)^2 is a_s^2 X + a_t^2 Y - 2 a_s a_t K. Of features of one scale it is
-made as a_s a_t D + (a_s - a_t) (a_s X - a_t Y), in which close ones lose no digits. Half of it over M and the number C of channels is V,
-whose gradient is
-    (a_s^3 eps + a_s^2 a_t K / ((M - 1) sigma_s)) / (M C) * (s - mean_s) - a_s a_t / (M C) * (t - mean_t)
-and for a constant channel a_s^2 / (M C) * (s - mean_s) - ..., as its deviation has no derivative.
+Over the M values of all images a channel has X = sum (s - mean_s)^2, the slope b = sum (s - mean_s) (t - mean_t) / X of t by s, what it
+leaves of t, E = sum (t - mean_t - b (s - mean_s))^2, and so sum (t - mean_t)^2 = E + b^2 X; with sigma = sqrt(sum / (M - 1)) and
+a = 1 / (sigma + eps) then sum (z_s - z_t)^2 = (a_s - a_t b)^2 X + a_t^2 E. Nothing cancels in it, however well s predicts t. Half of it
+over M and the number C of channels is V, whose gradient is
+    (a_s^2 eps (a_s - a_t b) + a_s a_t b) / (M C) * (s - mean_s) - a_s a_t / (M C) * (t - mean_t)
+also for a constant channel, whose deviation has no derivative.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .levels import Geometry, Sizes, ceil_div, integers, launches, locate, offse
 #: Parts and channels that a program takes at a time.
 _CHANNELS = {"PARTS": 32, "BLOCK": 32, "num_warps": 4}
 _ROWS = {"PARTS": 4, "BLOCK": 128, "num_warps": 4}
-#: What is known of a channel: five numbers for the gradient, and a_s, a_t, a_s - a_t and both means for the rows.
-_PLANES = 10
+#: What is known of a channel: five numbers for the gradient, and a_s, a_t and both means for the rows.
+_PLANES = 9
 
 
 def correlation(s: Sequence[Tensor], t: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor]:
@@ -72,8 +72,8 @@ def _load(parts, first, count, c, C, P, bands, length, PARTS: tl.constexpr):
     size = tl.where(j < count, tl.minimum(P - (j % bands) * length, length), 0).to(tl.float32)
     parts += (j.to(tl.int64) * (CORRELATION_NUMBERS * C))[:, None] + c[None, :]
     a, b = tl.load(parts, there, 0.0), tl.load(parts + C, there, 0.0)
-    x, y = tl.load(parts + 2 * C, there, 0.0), tl.load(parts + 3 * C, there, 0.0)
-    return size[:, None], a, b, x, y, tl.load(parts + 4 * C, there, 0.0), tl.load(parts + 5 * C, there, 0.0)
+    x, slope = tl.load(parts + 2 * C, there, 0.0), tl.load(parts + 3 * C, there, 0.0)
+    return size[:, None], a, b, x, slope, tl.load(parts + 4 * C, there, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "total", "images"])
@@ -90,30 +90,30 @@ def _channels(
     sum_s = tl.zeros([PARTS, BLOCK], tl.float32)
     sum_t = sum_s
     for first in range(0, count, PARTS):
-        size, a, b, _, _, _, _ = _load(parts, first, count, c, C, P, per_image, length, PARTS)
+        size, a, b, _, _, _ = _load(parts, first, count, c, C, P, per_image, length, PARTS)
         sum_s += size * a
         sum_t += size * b
     values = images.to(tl.float32) * P
     mean_s, mean_t = tl.sum(sum_s, 0) / values, tl.sum(sum_t, 0) / values
     of_s = tl.zeros([PARTS, BLOCK], tl.float32)
-    of_t, of_both = of_s, of_s
+    of_both = of_s
     for first in range(0, count, PARTS):
-        size, a, b, x, y, p, _ = _load(parts, first, count, c, C, P, per_image, length, PARTS)
+        size, a, b, x, slope, _ = _load(parts, first, count, c, C, P, per_image, length, PARTS)
         s, t = a - mean_s[None, :], b - mean_t[None, :]
         of_s += x + size * s * s
-        of_t += y + size * t * t
-        of_both += p + size * s * t
-    x, y, p = tl.sum(of_s, 0), tl.sum(of_t, 0), tl.sum(of_both, 0)
+        of_both += slope * x + size * s * t
+    x, p = tl.sum(of_s, 0), tl.sum(of_both, 0)
+    whole = tl.where(x > 0.0, tl.div_rn(p, x), 0.0)
+    rests = tl.zeros([PARTS, BLOCK], tl.float32)
+    for first in range(0, count, PARTS):
+        size, a, b, squares, slope, rest = _load(parts, first, count, c, C, P, per_image, length, PARTS)
+        tilted, away = slope - whole[None, :], b - mean_t[None, :] - whole[None, :] * (a - mean_s[None, :])
+        rests += rest + tilted * squares * tilted + size * away * away
     others = tl.maximum(values - 1.0, 1.0)
-    sigma_s, sigma_t = tl.sqrt_rn(x / others), tl.sqrt_rn(y / others)
-    a_s = tl.div_rn(1.0, sigma_s + tl.cast(eps, tl.float32))
-    a_t = tl.div_rn(1.0, sigma_t + tl.cast(eps, tl.float32))
-    # sigma_t - sigma_s without the rounding of both.
-    apart = (y - x) / tl.where(x == y, 1.0, others * (sigma_s + sigma_t))
-    still = x == 0.0
-    through = a_s * eps + a_t * (p / (others * tl.where(still, 1.0, sigma_s)))
-    u = a_s * a_s * tl.where(still, 1.0, through) / (values * C)
+    a_s = tl.div_rn(1.0, tl.sqrt_rn(x / others) + tl.cast(eps, tl.float32))
+    a_t = tl.div_rn(1.0, tl.sqrt_rn((tl.sum(rests, 0) + whole * p) / others) + tl.cast(eps, tl.float32))
     v = -a_s * a_t / (values * C)
+    u = a_s * a_s * eps * (a_s - a_t * whole) / (values * C) - v * whole
     inside = c < C
     planes += pick_offset(places, level) + c
     width = tl.cast(total, tl.int64)
@@ -123,9 +123,8 @@ def _channels(
     tl.store(planes + 4 * width, -u * mean_s - v * mean_t, inside)
     tl.store(planes + 5 * width, a_s, inside)
     tl.store(planes + 6 * width, a_t, inside)
-    tl.store(planes + 7 * width, a_s * a_t * apart, inside)
-    tl.store(planes + 8 * width, mean_s, inside)
-    tl.store(planes + 9 * width, mean_t, inside)
+    tl.store(planes + 7 * width, mean_s, inside)
+    tl.store(planes + 8 * width, mean_t, inside)
 
 
 @triton.jit(do_not_specialize=["length", "total", "images"])
@@ -146,14 +145,11 @@ def _rows(
         inside = c < C
         a_s = tl.load(planes + 5 * width + c, inside, 0.0)[None, :]
         a_t = tl.load(planes + 6 * width + c, inside, 0.0)[None, :]
-        more = tl.load(planes + 7 * width + c, inside, 0.0)[None, :]
-        mean_s = tl.load(planes + 8 * width + c, inside, 0.0)[None, :]
-        mean_t = tl.load(planes + 9 * width + c, inside, 0.0)[None, :]
+        mean_s = tl.load(planes + 7 * width + c, inside, 0.0)[None, :]
+        mean_t = tl.load(planes + 8 * width + c, inside, 0.0)[None, :]
         for first in range(0, count, PARTS):
-            size, a, b, x, y, p, d = _load(parts, first, count, c, C, P, count, length, PARTS)
-            apart = a_s * (a - mean_s) - a_t * (b - mean_t)
-            of_one_scale = a_s * a_t * d + more * (a_s * x - a_t * y)
-            of_others = a_s * a_s * x + a_t * a_t * y - 2.0 * a_s * a_t * p
-            total_error += tl.where(tl.abs(more) < 0.5 * a_s, of_one_scale, of_others) + size * apart * apart
+            size, a, b, x, slope, rest = _load(parts, first, count, c, C, P, count, length, PARTS)
+            along, away = a_s - a_t * slope, a_s * (a - mean_s) - a_t * (b - mean_t)
+            total_error += along * x * along + a_t * rest * a_t + size * away * away
     values = 2.0 * images.to(tl.float32) * P * C
     tl.store(rows + pick_integer(indices, level) * images + n, tl.div_rn(tl.sum(tl.sum(total_error, 0), 0), values))

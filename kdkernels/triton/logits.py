@@ -42,6 +42,7 @@ from .levels import (
     sizes_of,
     types_of,
 )
+from .series import log_1_plus, second_order
 
 #: Bins of a distribution, which the registers of one program hold.
 MOST_BINS = 4096
@@ -149,34 +150,6 @@ def _plan(
 
 
 @triton.jit
-def _log_1_plus(e):
-    """log(1 + e) of 0 <= e <= 1 to all its digits: 2 artanh(e / (2 + e)), whose argument is 1/3 at the most."""
-    z = e / (2.0 + e)
-    y = z * z
-    series = 1.0 / 15
-    series = series * y + 1.0 / 13
-    series = series * y + 1.0 / 11
-    series = series * y + 1.0 / 9
-    series = series * y + 1.0 / 7
-    series = series * y + 1.0 / 5
-    series = series * y + 1.0 / 3
-    return 2.0 * (z + z * y * series)
-
-
-@triton.jit
-def _second_order(x):
-    """exp(-x) - 1 + x of |x| <= 1/2."""
-    h = -1.0 / 362880
-    h = h * x + 1.0 / 40320
-    h = h * x - 1.0 / 5040
-    h = h * x + 1.0 / 720
-    h = h * x - 1.0 / 120
-    h = h * x + 1.0 / 24
-    h = h * x - 1.0 / 6
-    return x * x * (h * x + 0.5)
-
-
-@triton.jit
 def _cross_entropy(s, t, beta, POWER: tl.constexpr):
     """|d|^beta * BCE(s, sigma(t)) with d = sigma(s) - sigma(t), and its derivative. POWER: beta where that is 0, 1 or 2, else -1"""
     e_s = tl.exp(-tl.abs(s))
@@ -187,14 +160,14 @@ def _cross_entropy(s, t, beta, POWER: tl.constexpr):
     q_t = e_t * p_t
     above = s > 0
     same = above == (t > 0)
-    error = _log_1_plus(e_s) + tl.abs(s) * tl.where(same, q_t, p_t)
+    error = log_1_plus(e_s) + tl.abs(s) * tl.where(same, q_t, p_t)
     x = s - t
     apart = tl.where(same, tl.where(above, q_t - q_s, q_s - q_t), tl.where(above, p_s - q_t, q_s - p_t))
     # sigma(s) * sigma(-t) * (1 - exp(-x)) for x > 0, and the same with both exchanged.
     high = tl.where(above, p_s, q_s) * tl.where(t > 0, q_t, p_t)
     low = tl.where(above, q_s, p_s) * tl.where(t > 0, p_t, q_t)
     step = tl.abs(x)
-    near = tl.where(x > 0, high, -low) * (step - _second_order(step))
+    near = tl.where(x > 0, high, -low) * (step - second_order(step))
     d = tl.where(step < 0.5, near, apart)
     if POWER == 0:
         return error, d
@@ -231,7 +204,7 @@ def _divergence(s, t, temperature, below):
     out = q == 0
     r = tl.where(out, 0.0, (y - x) * scale - (tl.log(sum_t) - tl.log(sum_s)))
     # Of distributions that differ little nothing is left but second-order terms.
-    second = _second_order(r)
+    second = second_order(r)
     near = (tl.abs(r) < 0.5) & (q > 0)
     return tl.where(near, q * second, p - q + q * r), tl.where(near, q * (second - r), p - q) * scale
 
