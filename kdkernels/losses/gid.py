@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class GIDLoss(DistillationLoss):
     regression     = weight * regression / P * sum_a |r_S - r_T|                        over the same, r as the head regresses
 
     Level-free: entries (1, N), each term's value split over the images by their sums, the relations' equally. Student and teacher need
-    equal channels and sizes (adapter), and all levels the same channels (not SSD's). Strides are the distance of
+    equal channels and sizes (adapter), and all levels the same channels (not SSD's), the finest level first. Strides are the distance of
     the teacher's anchors of neighbouring cells. Boxes are not clipped to the image, nor small ones dropped, as the released code does; its
     shared adapter, which it never applies, is left out. How many instances there are is asked of the device, which waits; on a GPU the
     gradient of RoIAlign is the same from run to run only with `torch.use_deterministic_algorithms(True)`.
@@ -128,7 +129,7 @@ class GIDLoss(DistillationLoss):
             raise ValueError(f"GIDLoss relates the regions of all levels, which need equal channels: {level_shapes(features, names)}")
         check_levels(teacher_outputs, features, names, ["classification", "regression", "anchors", "boxes"], cells=True)
         outputs = detached(teacher_outputs)
-        strides = anchor_strides(outputs.anchors, [(x.shape[2], x.shape[3]) for x in features])
+        strides = anchor_strides(outputs.anchors, [(x.shape[2], x.shape[3]) for x in features], names)
         return GIDSide([x.detach() for x in features], names, outputs, strides)
 
     def terms(
@@ -181,8 +182,11 @@ class GIDLoss(DistillationLoss):
         }
 
 
-def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[float]:
-    """Pixels between the anchors of neighbouring cells of each level (H, W); of one with a single cell twice the level's before."""
+def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[float]:
+    """Pixels between the anchors of neighbouring cells of each level (H, W); of one with a single cell twice the level's before.
+
+    Raises ValueError, naming the levels, unless they are above 0 and ascend.
+    """
     found: list[float] = []
     for a, (height, width) in zip(anchors, sizes, strict=True):
         if height * width > 1:
@@ -191,6 +195,11 @@ def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) 
             found.append(float(a[away, axis] - a[0, axis]))
         else:
             found.append(2 * found[-1] if found else float((a[0, 2:] - a[0, :2]).mean()))
+    # Each has to be more than the one before, the first more than 0; of NaN that is false.
+    if not all(small < large < math.inf for small, large in pairwise([0.0, *found])):
+        listed = ", ".join(f"{name}: {stride:g}" for name, stride in zip(names, found, strict=True))
+        wanted = "wanted ascending ones above 0, the finest level first"
+        raise ValueError(f"teacher_outputs: the levels' anchors have strides [{listed}], {wanted}")
     return found
 
 
