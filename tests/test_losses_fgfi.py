@@ -6,6 +6,7 @@ import pytest
 import torch
 from method_support import anchors, call, given, made
 
+from kdkernels import FusedLoss
 from kdkernels.losses import fgfi
 
 GRID = (3, 4)
@@ -76,6 +77,33 @@ def test_where_nothing_is_chosen_the_level_is_0():
     rows = call(made("fgfi", case, reduction="none"), case)
     assert float(rows.detach().abs().max()) == 0
     assert all(float(g.abs().max()) == 0 for g in torch.autograd.grad(rows.sum(), case["student_features"]))
+
+
+def test_anchors_go_by_the_names_of_the_levels():
+    case = given(3)
+    loss = made("fgfi", case)
+    want = call(loss, case)
+    named = {**case, **{key: dict(zip("abcd", case[key], strict=True)) for key in ("student_features", "teacher_features")}}
+    assert torch.equal(call(loss, named), want)
+    by_name = dict(reversed(list(zip("abcd", anchors(), strict=True))))
+    assert torch.equal(call(loss, {**named, "anchors": by_name}), want)
+    assert torch.equal(FusedLoss({"own": loss})(**{**named, "anchors": by_name})["own"], want)
+    with pytest.raises(ValueError, match=r"anchors are of levels \['d', 'c', 'b', 'a'\], teacher_features have \[0: \(3, 4, 6, 9\)"):
+        call(loss, {**case, "anchors": by_name})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: [None, *a[1:]], "anchors, level 0: expected a tensor, got NoneType"),
+        (lambda a: [*a[:3], a[3].tolist()], "anchors, level 3: expected a tensor, got list"),
+        (lambda a: a[0], "anchors must be a list, tuple or dict .* one a level; got Tensor"),
+    ],
+)
+def test_anchors_of_other_types_are_named(change, said):
+    case = given(2)
+    with pytest.raises(TypeError, match=said):
+        call(made("fgfi", case), {**case, "anchors": change(anchors())})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +90,14 @@ class FGFILoss(Trainable):
         teacher_features: Pyramid,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        anchors: Sequence[Tensor] | None = None,
+        anchors: Pyramid | None = None,
     ) -> Tensor:
         """Scalar, or (L, N) with reduction="none".
 
         boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover.
-        anchors: (H W k, 4) xyxy in pixels a level of the teacher, the k anchors of a position behind each other, positions row by row.
-        Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
+        anchors: (H W k, 4) xyxy in pixels a level of the teacher, the k anchors of a position behind each other, positions row by row; a
+        list, or a dict by the names of the teacher's levels. Raises ValueError for a missing argument or shapes that do not fit, naming
+        both sides' level shapes, and TypeError for anchors that are no tensors.
         """
         return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size, anchors=anchors)
 
@@ -118,14 +119,13 @@ class FGFILoss(Trainable):
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
         teacher_losses: TeacherLosses | None = None,
-        anchors: Sequence[Tensor] | None = None,
+        anchors: Pyramid | None = None,
     ) -> FGFISide:
         self.require({"boxes": boxes, "image_size": image_size, "anchors": anchors})
         assert anchors is not None  # as was just required
         features, names = as_pyramid("teacher_features", teacher_features)
-        _check_anchors(anchors, features, names)
+        own = [a.to(x.device) for a, x in zip(_level_anchors(anchors, features, names), features, strict=True)]
         boxes = boxes_like(features, boxes)
-        own = [a.to(x.device) for a, x in zip(anchors, features, strict=True)]
         masks = near_anchors(own, boxes, [(x.shape[2], x.shape[3]) for x in features])
         return FGFISide([x.detach() for x in features], names, masks)
 
@@ -157,10 +157,23 @@ def near_anchors(anchors: Sequence[Tensor], boxes: Boxes, sizes: Sequence[tuple[
     return found
 
 
-def _check_anchors(anchors: Sequence[Tensor], features: Sequence[Tensor], names: Sequence[str]) -> None:
-    if len(anchors) != len(features):
-        raise ValueError(f"anchors are of {len(anchors)} levels, teacher_features have {level_shapes(features, names)}")
-    for a, x, name in zip(anchors, features, names, strict=True):
+def _level_anchors(anchors: Pyramid, features: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """The anchors as a list in the order of the features' levels."""
+    if not isinstance(anchors, (Mapping, Sequence)):
+        raise TypeError(f"anchors must be a list, tuple or dict of (A, 4) tensors, one a level; got {type(anchors).__name__}")
+    if isinstance(anchors, Mapping):
+        named = {str(key): a for key, a in anchors.items()}
+        if set(named) != set(names):
+            raise ValueError(f"anchors are of levels {list(named)}, teacher_features have {level_shapes(features, names)}")
+        own = [named[name] for name in names]
+    else:
+        own = list(anchors)
+    if len(own) != len(features):
+        raise ValueError(f"anchors are of {len(own)} levels, teacher_features have {level_shapes(features, names)}")
+    for a, x, name in zip(own, features, names, strict=True):
+        if not isinstance(a, Tensor):
+            raise TypeError(f"anchors, level {name}: expected a tensor, got {type(a).__name__}")
         if a.dim() != 2 or a.shape[1] != 4 or a.shape[0] % (x.shape[2] * x.shape[3]) or not len(a):
             wanted = f"a multiple of {x.shape[2]} * {x.shape[3]} rows of 4"
             raise ValueError(f"level {name}: anchors have shape {tuple(a.shape)}, teacher_features {tuple(x.shape)} want {wanted}")
+    return own
