@@ -21,7 +21,7 @@ LOSSES: dict[str, tuple[Any, dict[str, Any], Callable[..., Any]]] = {
     "crosskd fcos": (CrossKDLoss, {"preset": "fcos", "regression": 0.5}, functional.crosskd),
     "frs": (FRSLoss, {}, functional.frs),
     "ld": (LDLoss, {}, functional.ld),
-    "ld kitti": (LDLoss, {"preset": "ld-kitti", "temperature": 3.0}, functional.ld),
+    "ld kitti": (LDLoss, {"preset": "ld-kitti", "vlr": 0.25, "temperature": 3.0}, functional.ld),
 }
 IMAGE_SIZE = (48, 64)
 
