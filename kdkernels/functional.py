@@ -5,7 +5,7 @@ Stateless: `on_nonfinite="flag"` has nowhere to keep a flag and does nothing; "r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def fgfi(
     teacher_features: Pyramid,
     boxes: Any = None,
     image_size: tuple[int, int] | None = None,
-    anchors: Sequence[Tensor] | None = None,
+    anchors: Pyramid | None = None,
     trained: nn.Module | None = None,
     **options: Any,
 ) -> Tensor:

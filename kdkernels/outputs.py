@@ -58,3 +58,40 @@ def check_outputs(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor
     """Raises ValueError, naming both sides' shapes, unless all levels of these parts of two heads' outputs have the same shapes."""
     if [x.shape for x in student] != [x.shape for x in teacher]:
         raise ValueError(f"{what} do not fit: student_outputs have {level_shapes(student)}, teacher_outputs {level_shapes(teacher)}")
+
+
+def check_levels(
+    outputs: HeadOutputs,
+    features: Sequence[Tensor],
+    names: Sequence[str],
+    needed: Sequence[str] = ("classification", "anchors"),
+    cells: bool = False,
+) -> None:
+    """Raises ValueError, naming part and level, unless the teacher's outputs have the features' images and levels, and anchors for all.
+
+    names: of the features' levels;   needed: the parts that must not be missing, the others may be empty;   cells: every cell of a level
+    has the same number of anchors, at least one
+    """
+    of_features = f"teacher_features are {level_shapes(features, names)}"
+    for part, levels in zip(HeadOutputs._fields, outputs, strict=True):
+        if len(levels or ()) != len(features) and (levels or part in needed):
+            raise ValueError(f"teacher_outputs: {part} has {len(levels or ())} levels, wanted {len(features)}: {of_features}")
+    for level, (x, name) in enumerate(zip(features, names, strict=True)):
+        classes = tuple(outputs.classification[level].shape)
+        images, each = x.shape[0], x.shape[2] * x.shape[3]
+        if len(classes) != 3 or classes[0] != images or classes[2] < 1:
+            raise _unfit("classification", name, classes, f"({images}, A, K), K at least 1: {of_features}")
+        count = classes[1]
+        if cells and (count < 1 or count % each):
+            raise _unfit("classification", name, classes, f"({images}, A, K), A a multiple of {x.shape[2]} * {x.shape[3]}: {of_features}")
+        wanted = {"regression": (images, count, 4), "anchors": (count, 4), "boxes": (images, count, 4), "distribution": (images, count, 4)}
+        for part, shape in wanted.items():
+            levels = getattr(outputs, part)
+            got = tuple(levels[level].shape) if levels else None
+            if got is not None and (got[:-1] if part == "distribution" else got) != shape:
+                bins = " and bins" if part == "distribution" else ""
+                raise _unfit(part, name, got, f"{shape}{bins}: classification has {classes}, {of_features}")
+
+
+def _unfit(part: str, name: str, got: Sequence[int], wanted: str) -> ValueError:
+    return ValueError(f"teacher_outputs, level {name}: {part} has shape {tuple(got)}, wanted {wanted}")

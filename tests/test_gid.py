@@ -129,10 +129,25 @@ def test_instances_are_where_both_differ_and_boxes_of_the_surer_one():
 
 def test_strides_come_from_the_anchors():
     anchors = head_outputs(1, [(6, 8), (3, 1), (1, 1)], (8, 16, 32), per_cell=2).anchors
-    assert anchor_strides(anchors, [(6, 8), (3, 1), (1, 1)]) == [8.0, 16.0, 32.0]
-    assert anchor_strides(anchors[2:], [(1, 1)]) == [32.0]
-    with pytest.raises(ValueError, match=r"not those of these levels: anchors \[96, 6\]"):
-        anchor_strides(anchors[:2], [(6, 8), (2, 2)])
+    assert anchor_strides(anchors, [(6, 8), (3, 1), (1, 1)], ["0", "1", "2"]) == [8.0, 16.0, 32.0]
+    assert anchor_strides(anchors[2:], [(1, 1)], ["pool"]) == [32.0]
+
+
+def test_levels_that_are_not_the_finest_first_are_refused():
+    loss, s, t, student, teacher = case()
+    s, t = ({"coarse": x[1], "fine": x[0]} for x in (s, t))
+    said = r"teacher_outputs: the levels' anchors have strides \[coarse: 16, fine: 8\], wanted ascending ones above 0"
+    with pytest.raises(ValueError, match=said):
+        loss(s, t, levels_of(student, [1, 0]), levels_of(teacher, [1, 0]))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_single_cell_whose_anchors_have_no_size_is_refused(bad):
+    _, s, t, *_ = case(images=1)
+    student, teacher = (head_outputs(seed, [(1, 1)], (8,), images=1) for seed in (3, 4))
+    teacher.anchors[0].fill_(bad)
+    with pytest.raises(ValueError, match=rf"anchors have strides \[0: {bad:g}\], wanted ascending ones above 0"):
+        GIDLoss()([s[0][..., :1, :1]], [t[0][..., :1, :1]], student, teacher)
 
 
 def test_distances_of_equal_regions_are_0():

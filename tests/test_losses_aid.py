@@ -176,6 +176,15 @@ def test_losses_that_do_not_fit_are_refused_with_both_shapes(granularity, shape)
         AIDLoss(GKDLoss(), granularity=granularity)(*args, teacher_losses=torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("given_features", "said"),
+    [({}, "student_features and teacher_features"), ({"student_features": []}, "teacher_features")],
+)
+def test_features_that_are_not_given_are_named(given_features, said):
+    with pytest.raises(TypeError, match=f"AIDLoss needs {said}, which BMFILoss compares"):
+        AIDLoss(BMFILoss())(teacher_losses=1.0, **given_features)
+
+
 def test_an_unknown_granularity_is_refused():
     with pytest.raises(ValueError, match=r"(?s)granularity.*box"):
         AIDLoss(GKDLoss(), granularity="box")

@@ -98,6 +98,13 @@ def test_missing_gradients_are_named(argument):
         call(new("cam-gmask"), {**case, argument: None})
 
 
+def test_the_teachers_variant_with_beta_alone_has_nothing_to_compute():
+    nothing = {"alpha": 0.0, "gamma": 0.0, "lambda_": 0.0}
+    with pytest.raises(ValueError, match=r'alpha, gamma and lambda_ are all 0, so that with variant="teacher" there is nothing to compute'):
+        CamLoss(variant="teacher", **nothing)
+    assert CamLoss(**nothing).coefficients()["cam"] == 0.05
+
+
 @pytest.mark.parametrize(("option", "value"), [("variant", "student"), ("eps_mode", "none"), ("mask", "round")])
 def test_options_that_are_not_defined_are_refused(option, value):
     with pytest.raises(ValueError, match=f"(?s){option}.*{value}"):

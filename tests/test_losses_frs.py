@@ -9,6 +9,7 @@ from oracle.compare import RTOL64, assert_close
 from outputs_support import SIZES, features, head_outputs
 
 from kdkernels import FRSLoss
+from kdkernels.outputs import HeadOutputs
 
 
 def _terms(loss, s, t, student, teacher):
@@ -54,7 +55,17 @@ def test_a_teacher_that_sees_nothing_teaches_nothing():
 
 def test_outputs_of_other_levels_are_refused():
     s, t = features(1), features(2)
-    with pytest.raises(ValueError, match="teacher_outputs are not those of these levels"):
-        FRSLoss()(s, t, head_outputs(3, [(5, 7), (3, 4)]), head_outputs(4, [(5, 7), (3, 4)]))
-    with pytest.raises(ValueError, match="teacher_outputs are not those of these levels"):
+    for sizes, count in (((5, 7), 35), ((0, 8), 0)):
+        given = [head_outputs(seed, [sizes, (3, 4)]) for seed in (3, 4)]
+        said = rf"teacher_outputs, level 0: classification has shape \(2, {count}, 3\), wanted \(2, A, K\), A a multiple of 6 \* 8"
+        with pytest.raises(ValueError, match=said):
+            FRSLoss()(s, t, *given)
+    with pytest.raises(ValueError, match=r"classification has 1 levels, wanted 2: teacher_features are \[0: \(2, 4, 6, 8\)"):
         FRSLoss()(s, t, head_outputs(3, SIZES[:1], (8,)), head_outputs(4, SIZES[:1], (8,)))
+
+
+def test_of_the_outputs_the_classification_is_enough():
+    s, t = features(1), features(2)
+    student, teacher = ((head_outputs(seed), HeadOutputs(head_outputs(seed).classification, [], [], [])) for seed in (3, 4))
+    loss = built(FRSLoss(), s, t)
+    assert torch.equal(loss(s, t, student[1], teacher[1]), loss(s, t, student[0], teacher[0]))

@@ -277,4 +277,7 @@ def test_one_graph_when_compiled(name):
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         value = function(**{key: case[key] for key in loss.argument_names})
         results.append([value, *gradients(value, case)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    (value, *found), (compiled, *got) = results
+    assert torch.equal(compiled, value)
+    # Its factors may be multiplied in another order, which moves a gradient's last bit.
+    _all_close(got, found, 3e-7)

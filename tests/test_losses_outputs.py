@@ -12,7 +12,7 @@ from oracle.compare import RTOL64, assert_close
 from outputs_support import features, head_outputs, leaves, moved, targets
 from torch import Tensor
 
-from kdkernels import AIDLoss, CrossKDLoss, FRSLoss, FusedLoss, LDLoss, PADLoss, functional
+from kdkernels import AIDLoss, CrossKDLoss, FRSLoss, FusedLoss, GIDLoss, LDLoss, PADLoss, functional
 from kdkernels.outputs import HeadOutputs, levels_of
 
 #: The class, options that are not the default, the functional form.
@@ -21,7 +21,7 @@ LOSSES: dict[str, tuple[Any, dict[str, Any], Callable[..., Any]]] = {
     "crosskd fcos": (CrossKDLoss, {"preset": "fcos", "regression": 0.5}, functional.crosskd),
     "frs": (FRSLoss, {}, functional.frs),
     "ld": (LDLoss, {}, functional.ld),
-    "ld kitti": (LDLoss, {"preset": "ld-kitti", "temperature": 3.0}, functional.ld),
+    "ld kitti": (LDLoss, {"preset": "ld-kitti", "vlr": 0.25, "temperature": 3.0}, functional.ld),
 }
 IMAGE_SIZE = (48, 64)
 
@@ -170,3 +170,47 @@ def test_values_that_are_not_finite_stay_so(name, bad):
         if arguments["student_outputs"].distribution is not None:
             arguments["student_outputs"].distribution[0][0, 20, 0, 0] = bad
     assert not torch.isfinite(loss(s, t, **arguments)) and loss.check()
+
+
+def _changed(part: str, change: Callable[[Tensor], Tensor], level: int = 0) -> Callable[[HeadOutputs], HeadOutputs]:
+    def changed(outputs: HeadOutputs) -> HeadOutputs:
+        return outputs._replace(**{part: [change(x) if i == level else x for i, x in enumerate(getattr(outputs, part))]})
+
+    return changed
+
+
+#: What is wrong with both sides' outputs, so that they fit each other, and what is said of it.
+UNFIT: dict[str, tuple[Callable[[HeadOutputs], HeadOutputs], str]] = {
+    "images": (lambda o: moved(o, torch.tensor([0, 1, 1])), r"level 0: classification has shape \(3, 48, 3\), wanted \(2, A, K\)"),
+    "classes": (_changed("classification", lambda x: x[..., :0]), r"level 0: classification has shape \(2, 48, 0\), .* K at least 1"),
+    "axes": (_changed("classification", lambda x: x[0], 1), r"level 1: classification has shape \(12, 3\), wanted \(2, A, K\)"),
+    "levels": (lambda o: levels_of(o, [0]), "classification has 1 levels, wanted 2: teacher_features are .*1: "),
+    "none": (lambda o: levels_of(o, []), "classification has 0 levels, wanted 2"),
+    "anchors": (_changed("anchors", lambda x: x[:-1], 1), r"level 1: anchors has shape \(11, 4\), wanted \(12, 4\): classification has"),
+    "few anchors": (lambda o: o._replace(anchors=o.anchors[:1]), "anchors has 1 levels, wanted 2"),
+    "boxes": (_changed("boxes", lambda x: x[:, 1:]), r"level 0: boxes has shape \(2, 47, 4\), wanted \(2, 48, 4\): classification has"),
+    "regression": (_changed("regression", lambda x: x[..., :2]), r"level 0: regression has shape \(2, 48, 2\), wanted \(2, 48, 4\)"),
+    "bins": (_changed("distribution", lambda x: x[:, :, 0]), r"level 0: distribution has shape \(2, 48, 5\), wanted \(2, 48, 4\) and bins"),
+}
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "gid"])
+@pytest.mark.parametrize("what", UNFIT)
+def test_outputs_that_are_not_of_the_features_are_refused_by_level(name, what):
+    if name == "gid":
+        s, t, loss = features(1), features(2), GIDLoss()
+        arguments = {"student_outputs": head_outputs(3), "teacher_outputs": head_outputs(4)}
+    else:
+        loss, s, t, arguments = case(name)
+    change, said = UNFIT[what]
+    unfit = {key: change(value) for key, value in arguments.items() if key.endswith("outputs")}
+    with pytest.raises(ValueError, match=f"teacher_outputs.*{said}"):
+        loss(s, t, **{**arguments, **unfit})
+
+
+@pytest.mark.parametrize(("name", "part"), [("crosskd", "boxes"), ("ld", "anchors"), ("frs", "classification")])
+def test_a_part_that_is_needed_is_missed(name, part):
+    loss, s, t, arguments = case(name)
+    empty = {key: value._replace(**{part: []}) for key, value in arguments.items() if key.endswith("outputs")}
+    with pytest.raises(ValueError, match=f"teacher_outputs: {part} has 0 levels, wanted 2"):
+        loss(s, t, **{**arguments, **empty})

@@ -40,6 +40,19 @@ def test_scalars_and_ties():
     assert [w.item() for w in teacher_shares([torch.tensor(7.0)])] == [1.0]
 
 
+@pytest.mark.parametrize("mode", ["softmax", "argmin"])
+def test_a_teacher_whose_loss_is_nan_spoils_the_shares_of_its_image_only(mode):
+    given = losses()
+    want = teacher_shares(given, mode)
+    given[1][0, 2] = float("nan")
+    bad = torch.zeros_like(want[0], dtype=torch.bool)
+    bad[0, 2] = True
+    for share, other in zip(teacher_shares(given, mode), want, strict=True):
+        assert torch.equal(share.isnan(), bad) and torch.equal(share[~bad], other[~bad])
+    scalars = [torch.tensor(x) for x in (2.0, float("nan"), 1.0)]
+    assert all(share.isnan() for share in teacher_shares(scalars, mode))
+
+
 def test_shares_multiply_the_matrix_of_a_loss():
     generator = torch.Generator().manual_seed(6)
     student, first, second = ([torch.randn(4, 3, 4, 5, generator=generator) for _ in range(2)] for _ in range(3))

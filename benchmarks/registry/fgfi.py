@@ -44,16 +44,22 @@ def overlap(boxes: Tensor, anchors: Tensor) -> Tensor:
     return torch.where(union == 0, 0, shared / torch.where(union == 0, 1, union))
 
 
-def near(boxes: tuple[Tensor, Tensor], anchors: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W): 1 where an anchor is near a box."""
+def near(boxes: tuple[Tensor, Tensor], anchors: list[Tensor], features: list[Tensor]) -> list[Tensor]:
+    """(N, H, W) a level: 1 where an anchor is near a box."""
     padded, counts = boxes
     real = torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
-    padded, anchors = torch.where(real[..., None], padded, 0), anchors.float()
-    found = torch.zeros(padded.shape[0], len(anchors), dtype=torch.bool, device=padded.device)
+    padded, every = torch.where(real[..., None], padded, 0), torch.cat(anchors).float()
+    found = torch.zeros(padded.shape[0], len(every), dtype=torch.bool, device=padded.device)
     step = max(1, CHUNK // 4 // found.numel())
     for start in range(0, padded.shape[1], step):
-        found = found | overlapping(overlap(padded[:, start : start + step], anchors)).any(1)
-    return found.view(-1, *size).float()
+        found = found | overlapping(overlap(padded[:, start : start + step], every)).any(1)
+    return as_masks(found, features)
+
+
+def as_masks(found: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """(N, A) of the anchors of all levels, one a cell, as the levels' masks."""
+    levels = found.split([x.shape[2] * x.shape[3] for x in features], 1)
+    return [level.reshape(-1, *x.shape[2:]).float() for level, x in zip(levels, features, strict=True)]
 
 
 def overlapping(overlaps: Tensor) -> Tensor:
@@ -69,8 +75,8 @@ def eager(
     trained: Parts,
 ) -> Tensor:
     rows = []
-    for s, t, a, convolution in zip(student_features, teacher_features, anchors, trained.convolutions, strict=True):
-        mask = near(boxes, a, (s.shape[2], s.shape[3]))
+    masks = near(boxes, anchors, student_features)
+    for s, t, mask, convolution in zip(student_features, teacher_features, masks, trained.convolutions, strict=True):
         error = (F.relu(convolution(s.float())) - t.float()).square().sum(1)
         rows.append(WEIGHT * (error * mask).sum() / (2 * mask.sum()).clamp(min=1))
     return total(rows)
@@ -85,15 +91,15 @@ def paper(
     trained: Parts,
 ) -> Tensor:
     """As the released code: masks image by image and box by box, then the whole of the squared error times the mask."""
-    rows = []
-    for s, t, a, convolution in zip(student_features, teacher_features, anchors, trained.convolutions, strict=True):
-        masks = []
-        for padded, count in zip(*boxes, strict=True):
-            mask = torch.zeros(len(a), dtype=torch.bool, device=s.device)
-            for box in padded[: int(count)]:
-                mask |= overlapping(overlap(box, a.float()))
-            masks.append(mask.view(s.shape[2:]).float())
-        mask = torch.stack(masks)
+    rows, images = [], []
+    every = torch.cat(anchors).float()
+    for padded, count in zip(*boxes, strict=True):
+        image = torch.zeros(len(every), dtype=torch.bool, device=every.device)
+        for box in padded[: int(count)]:
+            image |= overlapping(overlap(box, every))
+        images.append(image)
+    masks = as_masks(torch.stack(images), student_features)
+    for s, t, mask, convolution in zip(student_features, teacher_features, masks, trained.convolutions, strict=True):
         norms = torch.clamp(mask.sum() * 2, min=1)
         error = torch.pow(F.relu(convolution(s.float())) - t.float(), 2) * mask[:, None]
         rows.append(error.sum() / norms * WEIGHT)

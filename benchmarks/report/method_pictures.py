@@ -132,7 +132,7 @@ def assigned(shown: Scene) -> Maps:
 
 def near(shown: Scene) -> Maps:
     assert shown.teacher.anchors is not None
-    return [near_anchors(a, shown.boxes, size) for a, size in zip(shown.teacher.anchors, shown.sizes, strict=True)]
+    return near_anchors(shown.teacher.anchors, shown.boxes, shown.sizes)
 
 
 def random_masks(shown: Scene) -> Maps:

@@ -211,6 +211,7 @@ def teacher_shares(teacher_losses: Sequence[Tensor], mode: str = "softmax") -> l
     teacher_losses: one t a teacher, all scalars or all of one shape (L, N), (L, 1) or (1, N).
     softmax: exp(-t) / sum over teachers of exp(-t), t summed over the levels first: a scalar or (1, N) (or (1, 1)).
     argmin:  1 for the teacher with the smallest t, 0 for the others, at each entry of t; the first of equal ones.
+    A t that is NaN makes the shares of all teachers NaN: of its image, with argmin of its entry.
     The shares multiply losses of reduction="none": `sum((w * aid(s, f, ..., teacher_losses=t)).sum() for w, f, t in ...)`.
     Raises ValueError for an unknown mode, no teacher, or shapes that differ.
     """
@@ -224,4 +225,6 @@ def teacher_shares(teacher_losses: Sequence[Tensor], mode: str = "softmax") -> l
         total = stacked.sum(1, keepdim=True) if stacked.dim() == 3 else stacked
         return list((-total).softmax(0))
     teachers = torch.arange(len(losses), device=stacked.device).view(-1, *([1] * len(shapes[0])))
-    return list((teachers == stacked.argmin(0)).float())
+    shares = (teachers == stacked.argmin(0)).float()
+    # argmin takes NaN for the smallest, and so the teacher that has failed for the best.
+    return list(torch.where(stacked.isnan().any(0), torch.nan, shares))

@@ -44,7 +44,7 @@ class CamLoss(FGDLoss):
     separable.
 
     weight:   factor of the loss
-    preset:   one-stage | two-stage: the coefficients of the source
+    preset:   one-stage (of the source) | two-stage (the source has none: FGD's for two-stage detectors, with beta of one-stage)
     variant:  both | teacher
     eps_mode: of the maps' normalisation: absolute (the released code) | relative (independent of the gradients' scale)
     temperature, mask, seed: see FGDLoss;   reduction, on_nonfinite: see DistillationLoss
@@ -93,6 +93,9 @@ class CamLoss(FGDLoss):
         super().__init__(weight, preset, alpha, beta, gamma, lambda_, temperature, mask, reduction, on_nonfinite, seed)
         check_choice("variant", variant, VARIANTS)
         self.variant, self.eps_mode = variant, eps_mode
+        # FGD's check counts a beta that only the other variant has a term for.
+        if not any(self.coefficients().values()):
+            raise ValueError(f'CamLoss: alpha, gamma and lambda_ are all 0, so that with variant="{variant}" there is nothing to compute')
         self._gkd = GKDLoss(preset="release", eps_mode=eps_mode, average="n")
         # With parts to train the loss aligns channels itself, for the maps are of the student's own features.
         self.compares_features = variant == "teacher" or not self.lambda_

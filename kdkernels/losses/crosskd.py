@@ -51,6 +51,7 @@ class CrossKDLoss(AssignedOutputsLoss):
         "fcos": {"classification": 0.4, "regression": 0.75, "distribution": 4.0},
     }
     crosses = True
+    parts = ("classification", "anchors", "boxes")
 
     def __init__(
         self,

@@ -41,8 +41,9 @@ class DeFeatLoss(Trainable):
     Batch-coupled through the masks' sums: the entries (L, N) split each level's value over its images.
 
     weight:      factor of the loss;   alpha, beta: 3 and 12 in the presets of the source
-    preset:      one-stage | two-stage | ld-kitti (0.1 and 0.2) | ld-coco (2 and 4), the last two without adapter and with average="mean"
-                 (LD's code)
+    preset:      one-stage | two-stage | ld-kitti (0.1 and 0.2) | ld-coco (2 and 4), the last two without adapter and with average="mean":
+                 weights and mean of LD's code, the mask of DeFeat. LD's mask has every anchor whose centre lies inside a box, at every
+                 level, and a level without foreground has no background either
     adapter:     False compares the features as they are, which then need equal channels and sizes (and has nothing to train)
     average:     half | mean
     seed:        of the adapter's initial weights;   reduction, on_nonfinite: see DistillationLoss

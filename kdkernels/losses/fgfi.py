@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .composed import student_levels
 from .trainable import Align, Trainable
 
 AVERAGES = ("half", "mean")
-#: An anchor is near a box if its IoU is above this part of the largest that any anchor of the level has with it.
+#: An anchor is near a box if its IoU is above this part of the largest that any anchor of any level has with it.
 NEAR = 0.5
 
 
@@ -35,7 +35,8 @@ class FGFILoss(Trainable):
     Takes pyramids of (N, C, H, W) in 16 bit, fp32 or fp64; maths and result are fp32 (fp64 for fp64). The student's channels and sizes may
     differ: adapt is a trained 3x3 convolution with ReLU a level, its weights from N(0, 1e-4^2), bilinear interpolation where sizes differ.
     mask is 1 at a position with an anchor whose IoU with one of the image's boxes is above half the largest IoU of that box with any
-    anchor of the level; a box that touches none selects none. With P the number of selected positions of the level in the batch:
+    anchor of any level given; a box that touches none selects none. With P the number of selected positions of the level in the batch,
+    of which a level whose anchors suit no box has none:
 
     half: imitation = weight / (2 P)   * sum_nchw mask * (adapt(F_S) - F_T)^2
     mean: imitation = weight / (C P)   * sum_nchw mask * (adapt(F_S) - F_T)^2      0 where P is 0
@@ -89,13 +90,14 @@ class FGFILoss(Trainable):
         teacher_features: Pyramid,
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
-        anchors: Sequence[Tensor] | None = None,
+        anchors: Pyramid | None = None,
     ) -> Tensor:
         """Scalar, or (L, N) with reduction="none".
 
         boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover.
-        anchors: (H W k, 4) xyxy in pixels a level of the teacher, the k anchors of a position behind each other, positions row by row.
-        Raises ValueError for a missing argument or shapes that do not fit, naming both sides' level shapes.
+        anchors: (H W k, 4) xyxy in pixels a level of the teacher, the k anchors of a position behind each other, positions row by row; a
+        list, or a dict by the names of the teacher's levels. Raises ValueError for a missing argument or shapes that do not fit, naming
+        both sides' level shapes, and TypeError for anchors that are no tensors.
         """
         return self.evaluate(student_features, teacher_features, boxes=boxes, image_size=image_size, anchors=anchors)
 
@@ -117,14 +119,14 @@ class FGFILoss(Trainable):
         boxes: Any = None,
         image_size: tuple[int, int] | None = None,
         teacher_losses: TeacherLosses | None = None,
-        anchors: Sequence[Tensor] | None = None,
+        anchors: Pyramid | None = None,
     ) -> FGFISide:
         self.require({"boxes": boxes, "image_size": image_size, "anchors": anchors})
         assert anchors is not None  # as was just required
         features, names = as_pyramid("teacher_features", teacher_features)
-        _check_anchors(anchors, features, names)
+        own = [a.to(x.device) for a, x in zip(_level_anchors(anchors, features, names), features, strict=True)]
         boxes = boxes_like(features, boxes)
-        masks = [near_anchors(a.to(x.device), boxes, x.shape[2:]) for a, x in zip(anchors, features, strict=True)]
+        masks = near_anchors(own, boxes, [(x.shape[2], x.shape[3]) for x in features])
         return FGFISide([x.detach() for x in features], names, masks)
 
     def terms(self, student_features: Pyramid, side: FGFISide, student_gradients: Gradients | None = None) -> dict[str, Tensor]:
@@ -137,22 +139,41 @@ class FGFILoss(Trainable):
         return {"imitation": level_scaled(rows, self.weight, sizes)}
 
 
-def near_anchors(anchors: Tensor, boxes: Boxes, size: Sequence[int]) -> Tensor:
-    """(N, H, W), 1 at the positions with an anchor near one of the image's boxes, else 0; anchors: (H W k, 4) of one level."""
-    padded, own = pad_boxes(boxes).to(anchors.device), anchors.float()
+def near_anchors(anchors: Sequence[Tensor], boxes: Boxes, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(N, H, W) a level, 1 at the positions with an anchor near one of the image's boxes, else 0; anchors: (H W k, 4) a level."""
+    if not anchors:
+        return []
+    own = torch.cat([a.float() for a in anchors])
+    padded = pad_boxes(boxes).to(own.device)
     near = torch.zeros(padded.shape[0], own.shape[0], dtype=torch.bool, device=own.device)
     # The overlaps take several intermediates.
     step = max(1, CHUNK // 4 // max(1, near.numel()))
     for start in range(0, padded.shape[1], step):
         overlap = overlaps(padded[:, start : start + step], own)
         near |= (overlap > NEAR * overlap.amax(2, keepdim=True)).any(1)
-    return near.view(len(near), *size, own.shape[0] // (size[0] * size[1])).any(3).float()
+    found = []
+    for level, (height, width) in zip(near.split([len(a) for a in anchors], 1), sizes, strict=True):
+        found.append(level.unflatten(1, (height, width, -1)).any(3).float())
+    return found
 
 
-def _check_anchors(anchors: Sequence[Tensor], features: Sequence[Tensor], names: Sequence[str]) -> None:
-    if len(anchors) != len(features):
-        raise ValueError(f"anchors are of {len(anchors)} levels, teacher_features have {level_shapes(features, names)}")
-    for a, x, name in zip(anchors, features, names, strict=True):
+def _level_anchors(anchors: Pyramid, features: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """The anchors as a list in the order of the features' levels."""
+    if not isinstance(anchors, (Mapping, Sequence)):
+        raise TypeError(f"anchors must be a list, tuple or dict of (A, 4) tensors, one a level; got {type(anchors).__name__}")
+    if isinstance(anchors, Mapping):
+        named = {str(key): a for key, a in anchors.items()}
+        if set(named) != set(names):
+            raise ValueError(f"anchors are of levels {list(named)}, teacher_features have {level_shapes(features, names)}")
+        own = [named[name] for name in names]
+    else:
+        own = list(anchors)
+    if len(own) != len(features):
+        raise ValueError(f"anchors are of {len(own)} levels, teacher_features have {level_shapes(features, names)}")
+    for a, x, name in zip(own, features, names, strict=True):
+        if not isinstance(a, Tensor):
+            raise TypeError(f"anchors, level {name}: expected a tensor, got {type(a).__name__}")
         if a.dim() != 2 or a.shape[1] != 4 or a.shape[0] % (x.shape[2] * x.shape[3]) or not len(a):
             wanted = f"a multiple of {x.shape[2]} * {x.shape[3]} rows of 4"
             raise ValueError(f"level {name}: anchors have shape {tuple(a.shape)}, teacher_features {tuple(x.shape)} want {wanted}")
+    return own

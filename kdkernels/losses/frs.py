@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..outputs import HeadOutputs, as_maps, best_scores, check_outputs
+from ..outputs import HeadOutputs, as_maps, best_scores, check_levels, check_outputs
 from ..pyramid import Gradients, Pyramid, as_pyramid
 from .base import Method, TeacherLosses, level_scaled, preset_options
 from .composed import student_levels
@@ -106,10 +106,8 @@ class FRSLoss(Trainable):
     ) -> FRSSide:
         features, names = as_pyramid("teacher_features", teacher_features)
         assert teacher_outputs is not None  # `require` has seen to it
+        check_levels(teacher_outputs, features, names, ["classification"], cells=True)
         scores = best_scores(teacher_outputs)
-        if len(scores) != len(features) or any(b.shape[1] % (x.shape[2] * x.shape[3]) for b, x in zip(scores, features, strict=True)):
-            shapes = [tuple(x.shape) for x in features], [tuple(x.shape) for x in teacher_outputs.classification]
-            raise ValueError(f"teacher_outputs are not those of these levels: features {shapes[0]}, class logits {shapes[1]}")
         masks = [b.unflatten(1, (*x.shape[2:], -1)).amax(3) for b, x in zip(scores, features, strict=True)]
         return FRSSide([x.detach() for x in features], names, [x.detach() for x in teacher_outputs.classification], masks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class FusedLoss(nn.Module):
         teacher_losses: TeacherLosses | None = None,
         student_outputs: HeadOutputs | None = None,
         teacher_outputs: HeadOutputs | None = None,
-        anchors: Sequence[Tensor] | None = None,
+        anchors: Pyramid | None = None,
     ) -> dict[str, Tensor]:
         """name -> scalar, or (L, N) by that loss's reduction. Raises ValueError naming the loss and the argument that it misses."""
         given: dict[str, Any] = {

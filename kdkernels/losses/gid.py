@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..outputs import HeadOutputs, as_maps, best_scores, check_outputs, detached
+from ..outputs import HeadOutputs, as_maps, best_scores, check_levels, check_outputs, detached
 from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, level_shapes, quotient, split_over_images
 from .assignment import overlaps
 from .base import DistillationLoss, Method, TeacherLosses, preset_options
@@ -51,10 +52,10 @@ class GIDLoss(DistillationLoss):
     regression     = weight * regression / P * sum_a |r_S - r_T|                        over the same, r as the head regresses
 
     Level-free: entries (1, N), each term's value split over the images by their sums, the relations' equally. Student and teacher need
-    equal channels and sizes (adapter), and all levels the same channels (not SSD's). Strides are the distance of the teacher's anchors of
-    neighbouring cells. Boxes are not clipped to the image, nor small ones dropped, as the released code does; its shared adapter, which
-    it never applies, is left out. How many instances there are is asked of the device, which waits; on a GPU the gradient of RoIAlign is
-    the same from run to run only with `torch.use_deterministic_algorithms(True)`.
+    equal channels and sizes (adapter), and all levels the same channels (not SSD's), the finest level first. Strides are the distance of
+    the teacher's anchors of neighbouring cells. Boxes are not clipped to the image, nor small ones dropped, as the released code does; its
+    shared adapter, which it never applies, is left out. How many instances there are is asked of the device, which waits; on a GPU the
+    gradient of RoIAlign is the same from run to run only with `torch.use_deterministic_algorithms(True)`.
 
     feature, relation, classification, regression: coefficients
     preset: one-stage | two-stage, both 5e-4, 40, .1, 1 (the configuration of the source, a RetinaNet)
@@ -126,8 +127,9 @@ class GIDLoss(DistillationLoss):
         assert teacher_outputs is not None  # `require` has seen to it
         if len({x.shape[1] for x in features}) > 1:
             raise ValueError(f"GIDLoss relates the regions of all levels, which need equal channels: {level_shapes(features, names)}")
+        check_levels(teacher_outputs, features, names, ["classification", "regression", "anchors", "boxes"], cells=True)
         outputs = detached(teacher_outputs)
-        strides = anchor_strides(outputs.anchors, [(x.shape[2], x.shape[3]) for x in features])
+        strides = anchor_strides(outputs.anchors, [(x.shape[2], x.shape[3]) for x in features], names)
         return GIDSide([x.detach() for x in features], names, outputs, strides)
 
     def terms(
@@ -180,10 +182,11 @@ class GIDLoss(DistillationLoss):
         }
 
 
-def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[float]:
-    """Pixels between the anchors of neighbouring cells of each level (H, W); of one with a single cell twice the level's before."""
-    if len(anchors) != len(sizes) or any(not len(a) or len(a) % (h * w) for a, (h, w) in zip(anchors, sizes, strict=False)):
-        raise ValueError(f"teacher_outputs are not those of these levels: anchors {[len(a) for a in anchors]}, (H, W) {list(sizes)}")
+def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[float]:
+    """Pixels between the anchors of neighbouring cells of each level (H, W); of one with a single cell twice the level's before.
+
+    Raises ValueError, naming the levels, unless they are above 0 and ascend.
+    """
     found: list[float] = []
     for a, (height, width) in zip(anchors, sizes, strict=True):
         if height * width > 1:
@@ -192,6 +195,11 @@ def anchor_strides(anchors: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) 
             found.append(float(a[away, axis] - a[0, axis]))
         else:
             found.append(2 * found[-1] if found else float((a[0, 2:] - a[0, :2]).mean()))
+    # Each has to be more than the one before, the first more than 0; of NaN that is false.
+    if not all(small < large < math.inf for small, large in pairwise([0.0, *found])):
+        listed = ", ".join(f"{name}: {stride:g}" for name, stride in zip(names, found, strict=True))
+        wanted = "wanted ascending ones above 0, the finest level first"
+        raise ValueError(f"teacher_outputs: the levels' anchors have strides [{listed}], {wanted}")
     return found
 
 

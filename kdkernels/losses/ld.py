@@ -33,7 +33,7 @@ class LDLoss(AssignedOutputsLoss):
 
     ld, vlr, kd: coefficients;   temperature, class_temperature: above 0
     preset: one-stage (COCO, of the source: .25, .25, 10) | two-stage (the source has none: a copy of one-stage) |
-            ld-kitti (.05, .25, .05, lanqz7766/AID's configurations)
+            ld-kitti (.05, 0, .05: lanqz7766/AID's configurations for KITTI, which have no term of the region)
     reduction, on_nonfinite: see DistillationLoss
     """
 
@@ -49,7 +49,7 @@ class LDLoss(AssignedOutputsLoss):
     PRESETS = {
         "one-stage": {"ld": 0.25, "vlr": 0.25, "kd": 10.0, "temperature": 10.0, "class_temperature": 2.0},
         "two-stage": {"ld": 0.25, "vlr": 0.25, "kd": 10.0, "temperature": 10.0, "class_temperature": 2.0},
-        "ld-kitti": {"ld": 0.05, "vlr": 0.25, "kd": 0.05, "temperature": 10.0, "class_temperature": 2.0},
+        "ld-kitti": {"ld": 0.05, "vlr": 0.0, "kd": 0.05, "temperature": 10.0, "class_temperature": 2.0},
     }
 
     weighed_by = {"localization": "regression", "region": "regression", "classification": "classification"}

@@ -24,7 +24,8 @@ class MGDLoss(ComparisonLoss, Trainable):
     generation = weight * alpha / N * sum_{c,h,w} (G(m * align(F_S)) - F_T)^2,   G = conv3x3, ReLU, conv3x3
 
     with m (N, 1, H, W) = 0 with probability `ratio`, else 1, anew at every evaluation (`ops.random_mask`), and align a 1x1 convolution
-    where channels differ and an interpolation where sizes do. G keeps the teacher's number of channels.
+    where channels differ and an interpolation where sizes do. G keeps the teacher's number of channels. A student's NaN where m is 0
+    is hidden like any other value: neither the result nor on_nonfinite shows it.
 
     Separable: each entry (l, n) depends on its own level and image alone.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..outputs import HeadOutputs, detached
+from ..outputs import HeadOutputs, check_levels, detached
 from ..pyramid import Gradients, Pyramid, as_pyramid
 from .assignment import Assignment, assign
 from .base import DistillationLoss, TeacherLosses, boxes_like
@@ -21,7 +21,12 @@ class OutputsSide(NamedTuple):
 
 
 class AssignedOutputsLoss(DistillationLoss):
-    """Base of the losses on the outputs of a head at anchors that ATSS assigns to the boxes. The features themselves play no part."""
+    """Base of the losses on the outputs of a head at anchors that ATSS assigns to the boxes. Of the features only the sizes play a part.
+
+    parts: of the outputs those that must not be missing
+    """
+
+    parts: tuple[str, ...] = ("classification", "anchors")
 
     needs = frozenset({"outputs", "boxes"})
     argument_names = ("student_features", "teacher_features", "student_outputs", "teacher_outputs", "boxes", "image_size")
@@ -38,7 +43,7 @@ class AssignedOutputsLoss(DistillationLoss):
         """Scalar, or (L, N) with reduction="none".
 
         boxes: list of (n_i, 4) xyxy pixels, or (padded (N, M, 4), counts (N,)); image_size: (H, W) in pixels that the features cover.
-        Raises ValueError for a missing argument or outputs that do not fit each other, naming both sides' level shapes.
+        Raises ValueError for a missing argument and for outputs that do not fit the features or each other, naming level and shapes.
         """
         given = {"student_outputs": student_outputs, "teacher_outputs": teacher_outputs, "boxes": boxes, "image_size": image_size}
         return self.evaluate(student_features, teacher_features, **given)
@@ -54,7 +59,8 @@ class AssignedOutputsLoss(DistillationLoss):
         teacher_outputs: HeadOutputs | None = None,
     ) -> OutputsSide:
         assert teacher_outputs is not None  # `require` has seen to it
-        features, _ = as_pyramid("teacher_features", teacher_features)
+        features, names = as_pyramid("teacher_features", teacher_features)
+        check_levels(teacher_outputs, features, names, self.parts)
         found = detached(teacher_outputs)
         if not found.anchors:
             return OutputsSide(found, Assignment([], []))

@@ -24,7 +24,8 @@ class PADLoss(WrapperLoss):
 
     with the biased variance of all of the level's values, over (N, C, H, W), in fp32 (fp64 for fp64), and the term's coefficient in
     `base` (`DistillationLoss.coefficient`). F_S are the features that are given; the released code takes s of what its adapting convolution
-    makes of them, which in this library is a part of some bases. The gradient runs through s too. Values may be negative.
+    makes of them, which in this library is a part of some bases; and in its loop over the non-local terms it still has the s of the last
+    level, where here each level has its own. The gradient runs through s too. Values may be negative.
 
     Entries have the coupling of `base`, but for s_l, which is of the whole batch and counts equally for its images. A variance below
     the smallest normal number, such as that of constant features, counts as that number and has no gradient. Around a loss without levels

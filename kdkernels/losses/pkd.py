@@ -18,14 +18,15 @@ class PKDLoss(ComparisonLoss):
 
     correlation = weight / (2 N C H W) * sum_{n,c,h,w} (z_S - z_T)^2,   z = (F - mean) / (std + eps)
 
-    with mean and unbiased standard deviation of each channel over (N, H, W): weight * (1 - r), but for eps, r being Pearson's coefficient
-    of student and teacher, averaged over the channels. Scale and offset of a channel do not matter, on either side.
+    with mean and unbiased standard deviation of each channel over (N, H, W): but for eps weight * (1 - r) * (NHW - 1) / NHW, r being
+    Pearson's coefficient of student and teacher, averaged over the channels. Scale and offset of a channel do not matter, on either side.
 
     Batch-coupled: a level's total is split over the images by their sums of (z_S - z_T)^2. A channel of a single value (N H W = 1) has
     z = 0. Student and teacher need equal channels (adapter); a student of another size is resized to the teacher's (bilinear).
 
     weight: factor of the loss; None: the preset's
-    preset: "one-stage": weight 10 (RetinaNet, FCOS); "two-stage" and "gfl": 6 (Faster R-CNN, GFL); open-mmlab/mmrazor's configurations
+    preset: "one-stage": weight 10 (RetinaNet, of a teacher that is one or an FCOS); "two-stage": 6 (Faster R-CNN), both of
+            open-mmlab/mmrazor's configurations; "gfl": 6 (jbwang1997/CrossKD's configuration of both methods together)
     eps:    above 0, added to the standard deviations
     reduction, on_nonfinite: see DistillationLoss
     """

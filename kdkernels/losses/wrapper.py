@@ -52,4 +52,7 @@ class WrapperLoss(DistillationLoss):
         unknown = sorted(kwargs.keys() - {*names, *keywords})
         if unknown:
             raise TypeError(f"{base} takes no argument {', '.join(unknown)}")
+        missing = [name for name in ("student_features", "teacher_features") if name not in given and name not in kwargs]
+        if missing:
+            raise TypeError(f"{type(self).__name__} needs {' and '.join(missing)}, which {base} compares")
         return self.evaluate(**given, **kwargs)
