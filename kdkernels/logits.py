@@ -11,6 +11,9 @@ from torch import Tensor
 from .library import define, keep, kept, once_differentiable
 from .pyramid import Pyramid, as_pyramid, check_match, constant, in_graph, level_shapes, pack
 
+#: Bins of a distribution that the Triton kernel takes, in the registers of one program. Here, as Triton may not be installed.
+MOST_BINS = 4096
+
 
 class Operators(NamedTuple):
     """forward: of the backend's name, s, t, packed weights and the options, to rows (L, N); backward: the same behind the rows' gradient"""

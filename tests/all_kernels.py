@@ -13,6 +13,7 @@ import fused_support
 import gpu_support
 import native_support
 import pytest
+import torch
 import triton
 import triton_support
 from fused_support import Losses
@@ -67,6 +68,12 @@ def chosen(way: str) -> Iterator[None]:
 def poisoned(backend: str) -> AbstractContextManager[None]:
     """Within it what the backend's kernels do not write is NaN."""
     return native_support.poisoned() if backend == "native" else triton_support.poisoned()
+
+
+def rounding(backend: str, device: str, dtype: torch.dtype) -> float:
+    """Relative error of one rounding to the type where this backend's kernels run; Triton's interpreter truncates to bf16."""
+    interpreted = backend == "triton" and device == "cpu"
+    return triton_support.ROUNDING[dtype] if interpreted or dtype != torch.bfloat16 else 2**-8
 
 
 def check(losses: Losses, case: dict[str, Any], backend: str) -> float:

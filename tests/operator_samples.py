@@ -97,6 +97,8 @@ def primitives(given: dict[str, Any]) -> Tensor:
         functional.channel_mean(student)[0],
         functional.logit_bce(student, teacher, masks, 1.0),
         functional.logit_kl(student, teacher, masks, 2.0, 3),
+        functional.channel_kl(student, teacher, 2.0),
+        functional.correlation(student, teacher),
     ]
     parts = [*values, *(b - a for a, b in zip(low, high, strict=True)), *(x.square() for x in (*spatial, *channel))]
     return sum(part.sum() for part in parts) + functional.normalize_map(own[0]).sum()

@@ -157,12 +157,19 @@ def test_a_compiled_provider_is_admitted_and_runs_its_compiled_code() -> None:
     assert (compiled, runs) == (1, 5), "nothing that the gate does makes torch.compile give up"
 
 
-@pytest.mark.parametrize("provider", ["paper", "eager", "reference"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+#: Of each provider types and layouts: fp16 is here in both, of the baselines too, which tests/test_registry.py has in the other types.
+ADMITTED = [
+    *((provider, dtype, "contiguous") for provider in ("paper", "eager", "reference") for dtype in ("fp32", "bf16")),
+    *(("paper", "fp16", "channels_last"), ("eager", "fp16", "channels_last")),
+    *(("eager", "fp16", "contiguous"), ("reference", "fp16", "contiguous")),
+]
+
+
+@pytest.mark.parametrize(("provider", "dtype", "layout"), ADMITTED)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_entry_is_admitted(name: str, dtype: str, provider: str) -> None:
+def test_every_entry_is_admitted(name: str, provider: str, dtype: str, layout: str) -> None:
     entry, chosen = ENTRIES[name], providers()[provider]
-    case = Case("tiny", batch=1, channels=16, boxes=5, dtype=dtype)
+    case = Case("tiny", batch=1, channels=16, boxes=5, dtype=dtype, layout=layout)
     for mode in entry.modes:
         with chosen.active():
             call = bind(entry, chosen.function(entry), mode, own=chosen.backend is not None)

@@ -157,6 +157,16 @@ def test_where_the_chosen_one_refuses_a_call_the_other_serves_it(folder: Path, c
     assert "backend auto: using 'native' for channel_mean, not 'triton': it takes maps of fewer than 16777216 pixels" in caplog.text
 
 
+def test_distributions_of_more_bins_than_triton_takes_are_native(caplog: pytest.LogCaptureFixture) -> None:
+    wide, weight = [level(shape=(1, 4100, 2, 2)), level(shape=(1, 4, 2, 2))], None
+    with caplog.at_level(logging.INFO, logger="kdkernels"):
+        assert [taken(wide[0], "logit_kl", wide, wide, weight, 1.0, groups) for groups in (1, 2)] == ["native", "triton"]
+        assert taken(wide[0], "logit_bce", wide, wide, weight, 1.0) == "triton"
+    said = "not 'triton': it takes distributions of at most 4096 bins, got 4100"
+    assert [record.getMessage() for record in caplog.records] == [f"backend auto: using 'native' for logit_kl, {said}"]
+    assert backend.refusal("triton", "logit_kl", wide, (wide, wide, weight, 1.0, 1)) == said.removeprefix("not 'triton': ")
+
+
 def test_what_is_fallen_back_to_is_said_once_of_each_backend(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     huge = level(dtype=torch.float32, shape=(1, 1, 1 << 12, 1 << 12))
     wide = level(dtype=torch.float64)

@@ -18,6 +18,7 @@ from benchmarks.cli import main
 from benchmarks.codegen import run, worker
 from benchmarks.codegen.capture import Launch, recorded, variants
 from benchmarks.codegen.ceilings import broken
+from benchmarks.codegen.merge import Unmergeable, merged
 from benchmarks.codegen.ptx import Program
 from benchmarks.codegen.rows import record
 from benchmarks.codegen.table import page, tables
@@ -26,7 +27,10 @@ from kdkernels.triton import launch as launch_parameters
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "benchmarks" / "results" / "codegen.json"
-REMEDY = "run: kdkernels bench codegen --output benchmarks/results/codegen.json && python -m benchmarks.report.tables"
+REMEDY = (
+    "run: kdkernels bench codegen --output benchmarks/results/codegen.json && python -m benchmarks.report.tables; where only some "
+    "operators have changed, --operator NAMES --merge benchmarks/results/codegen.json instead of --output"
+)
 
 
 def _scaled(x, out, ends, sizes, factor, BLOCK: tl.constexpr, DOUBLE: tl.constexpr):
@@ -282,6 +286,78 @@ def test_the_committed_numbers_are_those_of_this_code(compiled: dict[str, Any]) 
     if committed["versions"]["triton"] == compiled["versions"]["triton"]:
         for key, kernel in fresh.items():
             assert {**kernel, "seconds": 0} == {**mine[key], "seconds": 0}, REMEDY
+
+
+def test_the_committed_numbers_are_of_these_sources() -> None:
+    """Of all chips and types, also where compiling for one chip and one type shows nothing."""
+    assert json.loads(COMMITTED.read_text())["sources"] == run.sources(), REMEDY
+
+
+def test_sources_are_names_and_contents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "KERNELS", tmp_path)
+    found = []
+    for name, text in (("a.py", "1"), ("b.py", ""), ("a.py", "2"), ("c.txt", "no source")):
+        (tmp_path / name).write_text(text)
+        found.append(run.sources())
+    (tmp_path / "b.py").rename(tmp_path / "d.py")
+    assert len({*found, run.sources()}) == 4 and found[2] == found[3]
+
+
+def results_of(sources: str, **operators: list[dict[str, Any]]) -> dict[str, Any]:
+    """Operators, each with one call that launches these kernels."""
+    kernels: list[dict[str, Any]] = []
+    for kernel in (kernel for some in operators.values() for kernel in some):
+        kernels += [kernel] if kernel not in kernels else []
+    fields = {"options": "", "capability": 90, "dtype": "", "layout": "", "variants": None}
+    calls = [{"operator": name, **fields, "kernels": [*map(kernels.index, some)]} for name, some in operators.items()]
+    return {"versions": {"triton": "3.6.0"}, "cpu": f"of {sources}", "sources": sources, "kernels": kernels, "operators": calls}
+
+
+def one_kernel(name: str, registers: int = 8, seconds: float = 1.0) -> dict[str, Any]:
+    known = {"kernel": name, "capability": 90, "dtype": "", "layout": "", "given": [], "flags": {}, "parameters": {}}
+    return {**known, "registers": registers, "seconds": seconds}
+
+
+def test_some_operators_compiled_anew_take_the_place_of_the_old() -> None:
+    a, b, c, d, shared = (one_kernel(name) for name in ("a", "b", "c", "d", "shared"))
+    whole = results_of("old", one=[shared, a], two=[shared, b, c], three=[d])
+    renewed = one_kernel("b", registers=9)
+    part = results_of("new", two=[one_kernel("new"), {**shared, "seconds": 5.0}, renewed], four=[one_kernel("last")])
+    found = merged(whole, part)
+    assert (found["sources"], found["cpu"]) == ("new", "of old")
+    assert [call["operator"] for call in found["operators"]] == ["one", "two", "three", "four"]
+    # Not c, which nobody launches; what is the same is as it was.
+    assert found["kernels"] == [shared, a, d, one_kernel("new"), renewed, one_kernel("last")]
+    assert [call["kernels"] for call in found["operators"]] == [[0, 1], [0, 3, 4], [2], [5]]
+    committed = json.loads(COMMITTED.read_text())
+    of = [call for call in committed["operators"] if call["operator"] == "shared_read"]
+    places = sorted({place for call in of for place in call["kernels"]})
+    calls = [{**call, "kernels": [places.index(place) for place in call["kernels"]]} for call in of]
+    again = {**committed, "kernels": [committed["kernels"][place] for place in places], "operators": calls}
+    assert merged(committed, again) == committed
+
+
+def test_what_concerns_other_operators_too_is_not_merged() -> None:
+    whole = results_of("old", one=[one_kernel("shared")], two=[one_kernel("shared")])
+    part = results_of("new", two=[one_kernel("shared", registers=9)])
+    with pytest.raises(Unmergeable, match="other operators launch shared too, which has changed: name them as well"):
+        merged(whole, part)
+    with pytest.raises(Unmergeable, match=r"the rest is by Triton 3.6.0, this by 4: compile all of it"):
+        merged(whole, {**part, "versions": {"triton": "4"}})
+
+
+def test_merging_takes_whole_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, committed = tmp_path / "codegen.json", json.loads(COMMITTED.read_text())
+    file.write_text(run.to_json({**committed, "sources": "old"}))
+    monkeypatch.setattr(run, "compiled", lambda *_: {**committed, "sources": "new"})
+    for wanted in ([], ["--operator", "gkd", "--dtype", "bf16"], ["--operator", "gkd", "--capability", "90"]):
+        assert main(["codegen", *wanted, "--merge", str(file)]) == 2
+    assert json.loads(file.read_text())["sources"] == "old" and "name them by --operator" in capsys.readouterr().err
+    assert main(["codegen", "--operator", "gkd", "--merge", str(file)]) == 0
+    assert file.read_text() == run.to_json({**committed, "sources": "new"})
+    monkeypatch.setattr(run, "compiled", lambda *_: {**committed, "versions": {"triton": "4"}})
+    assert main(["codegen", "--operator", "gkd", "--merge", str(file)]) == 1
+    assert "compile all of it" in capsys.readouterr().err
 
 
 def test_the_committed_numbers_keep_within_the_ceilings() -> None:

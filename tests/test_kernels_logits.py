@@ -8,13 +8,13 @@ from typing import Any
 import logit_support
 import pytest
 import torch
-from all_kernels import on_all_kernels, poisoned
+from all_kernels import on_all_kernels, poisoned, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import DTYPES, LAYOUTS, pyramid, relative_error
+from native_support import needs_library, same_everywhere
 from oracle.compare import assert_close
 from torch import Tensor
-from triton_support import ROUNDING
 
 from kdkernels import functional, set_backend
 from kdkernels.reference.logit_bce import logit_bce
@@ -58,7 +58,7 @@ def check(name: str, s: list[Tensor], t: list[Tensor], weight: list[Tensor] | No
     assert ((rows.double().cpu() - want).abs() <= 2e-5 * want.abs() + 1e-37).all()
     for got, expected, x in zip(gradients, wanted, s, strict=True):
         assert got.dtype == x.dtype and got.stride() == torch.empty_like(x).stride()
-        assert relative_error(got, expected) < ROUNDING[x.dtype] + 2e-5
+        assert relative_error(got, expected) < rounding(backend, x.device.type, x.dtype) + 2e-5
     return [rows.detach(), *gradients]
 
 
@@ -76,7 +76,7 @@ def test_values_and_gradient(backend, device, dtype, layout, name, options):
             dtype=DTYPES[dtype],
             laid_out=lambda x: x.contiguous(memory_format=LAYOUTS[layout]),
             device=device,
-            rounding=ROUNDING[DTYPES[dtype]],
+            rounding=rounding(backend, device, DTYPES[dtype]),
         )
         assert rows.shape == (3, 2)
 
@@ -91,6 +91,31 @@ def test_logits_of_many_tiles(backend, device, name, options, layout):
     results = check(name, s, t, weights_of(s), *options, backend=backend)
     again = check(name, s, t, weights_of(s), *options, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("backend", ["native"])
+@of_every_call
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_bands_of_several_images(backend, name, options, layout):
+    """More pixels than two bands of the CPU have, by all instructions and with any number of threads."""
+    shapes = [(2, 8, 37, 41), (2, 4, 33, 35), (2, 8, 1, 1)]
+    s, t = (pyramid(shapes, layout=layout, seed=seed) for seed in (1, 2))
+    results = same_everywhere(lambda: check(name, s, t, weights_of(s), *options, backend=backend))
+    assert [x.shape for x in results] == [(3, 2), *shapes]
+
+
+@on_all_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distributions_of_more_bins_than_triton_takes(backend, device, layout):
+    s, t = (pyramid([(2, 4100, 1, 3), (2, 4, 1, 2)], layout=layout, seed=seed, device=device) for seed in (15, 16))
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="cannot run logit_kl: it takes distributions of at most 4096 bins, got 4100"):
+            functional.logit_kl(s, t)
+    else:
+        check("logit_kl", s, t, None, 2.0, 1, backend=backend)
+    # Two distributions of half as many.
+    assert (check("logit_kl", s, t, None, 2.0, 2, backend=backend)[0] > 0).all()
 
 
 @on_all_kernels

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from all_kernels import on_all_kernels, poisoned
+from all_kernels import on_all_kernels, poisoned, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import DTYPES, LAYOUTS, pyramid, relative_error
-from triton_support import ROUNDING
+from native_support import needs_library, same_everywhere
 
 from kdkernels import backend as backends
 from kdkernels import functional
@@ -30,7 +30,7 @@ def maps_of(x, seed=3, dtype=torch.float32, signed=True):
 
 def check(backend, x, a, normalize):
     """Values and the gradients of x and a, whose strides and types they must have, against the reference; returns all."""
-    results = []
+    device, results = x[0].device.type, []
     for function, wide in ((lambda *args: fused(backend, *args), False), (reference, True)):
         levels, maps = ([(v.detach().double() if wide else v.detach()).requires_grad_() for v in values] for values in (x, a))
         with poisoned(backend):
@@ -43,11 +43,11 @@ def check(backend, x, a, normalize):
         assert got.dtype == torch.float32 and got.shape == want.shape and relative_error(got, want) < TOLERANCE
     for got, want, level in zip(of_x, of_x64, x, strict=True):
         assert got.dtype == level.dtype and got.stride() == torch.empty_like(level).stride()
-        assert relative_error(got, want) < ROUNDING[level.dtype] + TOLERANCE
+        assert relative_error(got, want) < rounding(backend, device, level.dtype) + TOLERANCE
     for got, want, level in zip(of_a, of_a64, a, strict=True):
         assert got.dtype == level.dtype
         # Of one pixel the gradient is what two equal sums leave of each other.
-        assert level[0].numel() == 1 or relative_error(got, want) < ROUNDING[level.dtype] + 2e-5
+        assert level[0].numel() == 1 or relative_error(got, want) < rounding(backend, device, level.dtype) + 2e-5
     return [*means, *of_x, *of_a]
 
 
@@ -77,6 +77,15 @@ def test_maps_of_many_blocks(layout, normalize, backend, device):
     """More pixels than two blocks of a map or of the read pass take, beside more channels than a block has threads."""
     x = pyramid([(1, 2, 3, 6001), (1, 600, 1, 3)], layout=layout, device=device)
     assert all(result.isfinite().all() for result in check(backend, x, maps_of(x, signed=False), normalize))
+
+
+@needs_library
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_instructions_and_threads_make_no_difference(layout, normalize):
+    """Several bands of several images."""
+    x = pyramid([(2, 20, 37, 41), (2, 3, 7, 11)], layout=layout, device="cpu")
+    assert len(same_everywhere(lambda: check("native", x, maps_of(x), normalize))) == 3 * len(x)
 
 
 @on_all_kernels

@@ -12,15 +12,19 @@ from fused_support import LAYOUTS, NAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import DTYPES, pyramid, relative_error
-from native_support import GRADIENT, needs_library, same_bits, same_everywhere
+from native_support import GRADIENT, VALUE, needs_library, same_bits, same_everywhere
 from terms_support import Wanted, doubles, kernels, laid_out, terms, terms_error, with_arriving, with_gradients
 from torch import Tensor
 
+from kdkernels.ops.channel_kl import fused as fused_kl
 from kdkernels.ops.channel_mean import fused as fused_mean
+from kdkernels.ops.correlation import fused as fused_correlation
 from kdkernels.ops.feature_imitation import fused as fused_imitation
 from kdkernels.ops.terms import fused_vjp
 from kdkernels.ops.weighted_channel_sum import fused as fused_sum
+from kdkernels.reference.channel_kl import channel_kl as reference_kl
 from kdkernels.reference.channel_mean import channel_mean as reference_mean
+from kdkernels.reference.correlation import correlation as reference_correlation
 from kdkernels.reference.terms import terms as reference
 from kdkernels.reference.terms import terms_vjp as reference_vjp
 
@@ -118,6 +122,37 @@ def test_around_bands(layout: str, dtype: str) -> None:
         got = same_everywhere(partial(with_gradients, kernels, features, wanted, up))
         want = with_gradients(reference, [x.double() for x in features], doubles(wanted), up)
         assert terms_error(got, want, [x.dtype for x in features]) < 1
+
+
+#: Of two pyramids channel by channel: kernels, reference and options.
+COMPARED = {
+    "channel_kl": (fused_kl, reference_kl, (2.0, True)),
+    "cross_entropy": (fused_kl, reference_kl, (2.0, False)),
+    "correlation": (fused_correlation, reference_correlation, (1e-6,)),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_pyramids_channel_by_channel(dtype: str, layout: str, name: str) -> None:
+    """Several bands of several images, and levels smaller than a vector."""
+    shapes = [(2, 19, 47, 61), *MIXED]
+    s, t = laid_out(shapes, dtype, layout, 1), laid_out(shapes, "fp32", layout, 2)
+    fused, exact, options = COMPARED[name]
+
+    def rows_and_gradients(levels: list[Tensor], function: Any) -> list[Tensor]:
+        leaves = [level.detach().requires_grad_() for level in levels]
+        rows = function(leaves, [x.to(levels[0].dtype) if levels[0].dtype == torch.float64 else x for x in t], *options)
+        # As large as fp16 needs it of a gradient that is divided by all values of a level.
+        return [rows.detach(), *torch.autograd.grad(1e3 * rows.sum(), leaves)]
+
+    rows, *gradients = same_everywhere(lambda: rows_and_gradients(s, partial(fused, "native")))
+    wanted, *of_gradients = rows_and_gradients([x.double() for x in s], exact)
+    assert relative_error(rows, wanted) < VALUE
+    # Of a single pixel nothing is left.
+    large = [k for k, shape in enumerate(shapes) if shape[2] * shape[3] > 1]
+    assert max(relative_error(gradients[k], of_gradients[k]) for k in large) < GRADIENT[DTYPES[dtype]]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

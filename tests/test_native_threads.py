@@ -39,6 +39,7 @@ def everything(seed: int = 0) -> list[Tensor]:
     pooled = functional.spatial_pool(masked, maps, "softmax")
     values = [functional.map_distance(maps, [m.detach() for m in spatial]), functional.feature_imitation(leaves, t, spatial_weights(t))]
     values += [functional.logit_bce(leaves, t, spatial_weights(t), 1.0), functional.logit_kl(leaves, t, None, 2.0)]
+    values += [functional.channel_kl(leaves, t, 2.0), functional.correlation(leaves, t)]
     total = sum(v.sum() for v in (*values, *low, *pooled)) + sum(v.square().sum() for v in (*spatial, *channel))
     boxes = torch.tensor([[[10.0, 20.0, 300.0, 200.0]]]).repeat(3, 1, 1)
     masks = functional.box_mask((boxes, torch.ones(3, dtype=torch.int64)), (300, 360), [(75, 90), (19, 23)])

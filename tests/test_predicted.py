@@ -68,7 +68,9 @@ def recording(entry: Entry, case: Case, mode: str) -> Iterator[tuple[str, float]
             ones = bool((launch.arguments["values"] == 1).all())
         idle = ones and launch.arguments.get("unless") is not None
         moved = 0 if idle else sum(x.numel() for levels in launch.arguments.values() if is_pyramid(levels) for x in levels)
-        yield launch.kernel, moved / (case.batch * case.channels * case.pixels)
+        # Rows of masked pixels are skipped, which no argument shows.
+        skipped = inputs["ratio"] if launch.kernel == "random_mask.kernel" and launch.constants["LAST"] else 0
+        yield launch.kernel, moved / (case.batch * case.channels * case.pixels) - skipped
 
 
 def key(entry: Entry, case: Case, mode: str) -> str:

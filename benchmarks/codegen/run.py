@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,8 +23,11 @@ from kdkernels.report.tables import to_markdown
 from ..measure.provenance import provenance
 from ..registry import DTYPES
 from .ceilings import broken
+from .merge import Unmergeable, merged
 from .table import tables
 
+#: The sources of the kernels, and of what launches them.
+KERNELS = Path(__file__).resolve().parents[2] / "kdkernels" / "triton"
 CAPABILITIES = (80, 90, 100)
 #: What the compiled code depends on, and where it was made.
 KEPT = ("commit", "dirty", "versions", "cpu", "time")
@@ -40,12 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--operator", nargs="+", default=[], metavar="NAME", help="only operators and methods of these names")
     parser.add_argument("--dtype", nargs="+", default=[], choices=list(DTYPES), help="default: all")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the same as JSON")
+    parser.add_argument(
+        "--merge", type=Path, metavar="FILE", help="put the operators of --operator, for all chips and types, into this JSON of all of them"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """0 within the ceilings; 1 one is exceeded, or compiling failed; 2 nothing that can be compiled was asked for."""
+    """0 within the ceilings; 1 one is exceeded, compiling failed, or merging; 2 nothing that can be compiled was asked for."""
     if find_spec("triton") is None:
         print("triton is not installed", file=sys.stderr)
+        return 2
+    if args.merge is not None and (args.kernel or args.dtype or not args.operator or args.capability != list(CAPABILITIES)):
+        print("--merge takes whole operators: name them by --operator, without --kernel, --dtype and --capability", file=sys.stderr)
         return 2
     try:
         results = compiled(args.capability, args.kernel, args.operator, args.dtype)
@@ -55,6 +65,13 @@ def main(args: argparse.Namespace) -> int:
     if not results["kernels"]:
         print("there is no such kernel or operator", file=sys.stderr)
         return 2
+    if args.merge is not None:
+        try:
+            whole = merged(json.loads(args.merge.read_text()), results)
+        except Unmergeable as error:
+            print(error, file=sys.stderr)
+            return 1
+        args.merge.write_text(to_json(whole), encoding="utf-8")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(to_json(results), encoding="utf-8")
@@ -72,7 +89,11 @@ class CompilationFailed(RuntimeError):
 def compiled(
     capabilities: Sequence[int] = CAPABILITIES, kernel: str = "", operators: Sequence[str] = (), dtypes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """kernels and operators as the workers tell them, one worker a capability; and where that was. Raises CompilationFailed."""
+    """kernels and operators as the workers tell them, one worker a capability; where that was, and of which `sources`.
+
+    Raises CompilationFailed.
+    """
+    of = sources()
     options = [*(["--kernel", kernel] if kernel else []), "--operator", *operators, "--dtype", *dtypes]
     # Which versions there are depends on no capability.
     jobs = [["--capability", str(one), *options, *(["--variants"] if one == capabilities[0] else [])] for one in capabilities]
@@ -84,7 +105,15 @@ def compiled(
         found += [{**one, "kernels": [i + len(kernels) for i in one["kernels"]]} for one in part["operators"]]
         kernels += part["kernels"]
     made = provenance(torch.device("cpu"), 0)
-    return {"schema": SCHEMA, **{name: made[name] for name in KEPT}, "kernels": kernels, "operators": found}
+    return {"schema": SCHEMA, **{name: made[name] for name in KEPT}, "sources": of, "kernels": kernels, "operators": found}
+
+
+def sources() -> str:
+    """SHA-256 of all files of kdkernels/triton: results with another one may be those of other kernels."""
+    found = hashlib.sha256()
+    for file in sorted(KERNELS.glob("*.py")):
+        found.update(f"{file.name}\n{file.read_text(encoding='utf-8')}\n".encode())
+    return found.hexdigest()
 
 
 def _worker(options: Sequence[str]) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def page(results: Mapping[str, Any]) -> str:
         "Made by `kdkernels bench codegen`, which needs no GPU: the launchers run on tensors that are never filled, and what they would "
         f"launch is compiled. Triton {versions['triton']}, torch {versions['torch']}, Python {versions['python']}, commit {commit}, "
         f"{results['time'][:10]}; another Triton gives other numbers. Compile seconds are those of {results['cpu']}.\n",
+        "The file that this page is made of tells of which sources it is, and a test compares. Where a change concerns some operators "
+        "only, `kdkernels bench codegen --operator NAMES --merge benchmarks/results/codegen.json` compiles these and puts them in the "
+        "place of the old; it refuses where others launch a kernel that has changed. Without `--operator`, `--output` renews all.\n",
         f"Inputs are the P3..P7 of 800 x 1344 pixels with 256 channels, two images. Where a cell has several values, they are of "
         f"{', '.join(chips(results['kernels']))}, in this order.\n",
         "- rows: type and layout of the features, what the version is compiled for (words in capitals are constants of the kernel that its "

@@ -17,6 +17,8 @@ from .features import Parts, features, total, trained
 from .settle import settle_rectified
 
 ALPHA = 2e-5
+#: Share of the cells that are masked.
+RATIO = MGDLoss().ratio
 
 
 def inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -63,10 +65,11 @@ ENTRIES = (
         call=functional.mgd,
         eager=eager,
         paper=paper,
-        # Convolutions as in fgfi.py; the mask and the ReLU are of their passes. forward: S read, the first's result written and read, the
-        # second's too, T read (6). backward: the gradient of that written and read, the inner one written behind the ReLU, which is read
-        # for its signs, and read, the student's written (6).
-        units={"forward": 6, "backward": 12, "backward_scaled": 12},
+        # Convolutions as in fgfi.py; the mask and the ReLU are of their passes. forward: S read but for what is masked, as in
+        # random_mask.py, the first's result written and read, the second's too, T read (6 less the masked share). backward: the gradient
+        # of that written and read, the inner one written behind the ReLU, which is read for its signs, and read, the student's written, 0
+        # where it is masked (6).
+        units={"forward": 6 - RATIO, "backward": 12 - RATIO, "backward_scaled": 12 - RATIO},
         differentiable="student_features",
         losses=lambda: {"mgd": MGDLoss()},
         settle=settle,

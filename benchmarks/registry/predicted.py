@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from . import random_mask
 from .case import Case
 
 #: What no launch takes less than, in milliseconds. Not measured yet.
@@ -75,6 +76,11 @@ def _separate(case: Case, mode: str) -> Passes:
     return Passes(gkd.forward + bmfi.forward, (*bmfi.backward, *gkd.backward, *_by_level(case, "torch.add", 3)))
 
 
+def _random_mask(case: Case, mode: str) -> Passes:
+    """A masked pixel of a channels_last level is not read. In a contiguous one its elements lie among those that are kept."""
+    return Passes((Launch("random_mask.kernel", 2 - (random_mask.RATIO if case.layout == "channels_last" else 0)),))
+
+
 def _always(*forward: Launch, backward: tuple[Launch, ...] = ()) -> Callable[[Case, str], Passes]:
     return lambda case, mode: Passes(forward, backward)
 
@@ -92,7 +98,7 @@ PREDICTED: Mapping[str, Callable[[Case, str], Passes]] = {
     ),
     "weighted_channel_sum": _always(_READ, backward=(_write(1),)),
     "attention": _always(*_ATTENTION, backward=(Launch("attention.attention_backward_kernel", 0), _write(2))),
-    "random_mask": _always(Launch("random_mask.kernel", 2)),
+    "random_mask": _random_mask,
     "spatial_pool": _always(Launch("spatial_pool.pool_weights_kernel", 0), *_MEAN, backward=(_write(1),)),
     "feature_imitation": partial(_terms, reads=False),
     "logit_bce": _LOGITS,

@@ -117,13 +117,6 @@ struct ComparedNumbers {
   }
 };
 
-// One element of a level.
-KD_DEVICE float element_at(const Memory& memory, int64_t index) {
-  if (memory.type == Type::fp32) return reinterpret_cast<const float*>(memory.begin)[index];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(memory.begin)[index];
-  return memory.type == Type::fp16 ? half_to_float(bits) : bits_as<float>(static_cast<uint32_t>(bits) << 16);
-}
-
 // Pixels of a band, and channels of a contiguous level that a block reads: one a warp.
 constexpr int kComparedBand = 2048, kComparedPixels = 256, kComparedWarps = 4;
 

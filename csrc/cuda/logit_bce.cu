@@ -66,7 +66,7 @@ struct CrossEntropy {
     for (int k = 0; k < kEach; ++k) {
       const int64_t i = image.tile * kTile + k * kThreads + me.index();
       if (i >= elements) break;
-      const Term term = cross_entropy(read_element(image.s, image.first + i), read_element(image.t, image.first + i), beta);
+      const Term term = cross_entropy(element_at(image.s, image.first + i), element_at(image.t, image.first + i), beta);
       const float weight = image.weight == nullptr ? 1.0f : image.weight[image.place.last ? i / image.place.channels : i % image.place.pixels];
       if (kGradient) {
         write_element(image.out, image.s.type, image.first + i, term.slope * weight * image.scale);

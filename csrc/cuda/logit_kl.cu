@@ -61,8 +61,8 @@ struct Divergence {
     const Tile tile = tile_of(image, lines);
     if (lines.fits()) {
       each_element(me, image, tile, lines, [&](int64_t from, int room) {
-        shared.s[room] = read_element(image.s, from);
-        shared.t[room] = read_element(image.t, from);
+        shared.s[room] = element_at(image.s, from);
+        shared.t[room] = element_at(image.t, from);
       });
       me.sync();
     }
@@ -117,8 +117,8 @@ struct Divergence {
     const bool there = line < tile.lines, staged = lines.fits();
     const int64_t from = tile.at + line * tile.line, bins = there ? lines.bins : 0;
     const int begin = me.index() % kTeam, room = staged ? line * static_cast<int>(lines.stride) : 0;
-    const auto s = [&](int64_t b) { return staged ? shared.s[room + b] : read_element(image.s, from + b * tile.bin); };
-    const auto t = [&](int64_t b) { return staged ? shared.t[room + b] : read_element(image.t, from + b * tile.bin); };
+    const auto s = [&](int64_t b) { return staged ? shared.s[room + b] : element_at(image.s, from + b * tile.bin); };
+    const auto t = [&](int64_t b) { return staged ? shared.t[room + b] : element_at(image.t, from + b * tile.bin); };
     float highest_s = -INFINITY, highest_t = -INFINITY, sum_s = 0, sum_t = 0, value = 0;
     for (int64_t b = begin; b < bins; b += kTeam) highest_s = larger(highest_s, s(b)), highest_t = larger(highest_t, t(b));
     const auto join_largest = [](float a, float b) { return larger(a, b); };

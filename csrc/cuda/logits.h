@@ -12,12 +12,6 @@
 
 namespace kd {
 
-KD_DEVICE float read_element(const Memory& memory, int64_t at) {
-  if (memory.type == Type::fp32) return reinterpret_cast<const float*>(memory.begin)[at];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(memory.begin)[at];
-  return memory.type == Type::fp16 ? half_to_float(bits) : bits_as<float>(static_cast<uint32_t>(bits) << 16);
-}
-
 KD_DEVICE void write_element(char* to, Type type, int64_t at, float x) {
   if (type == Type::fp32) {
     reinterpret_cast<float*>(to)[at] = x;

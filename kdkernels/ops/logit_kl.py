@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from .. import backend
-from ..logits import fused, logit_levels, operators, refuses
+from ..logits import MOST_BINS, fused, logit_levels, operators, refuses
 from ..pyramid import Pyramid, level_shapes
 from ..reference.logit_kl import logit_kl as reference
 from .attention import check_temperature
@@ -33,6 +33,15 @@ def logit_kl(s: Pyramid, t: Pyramid, weight: Sequence[Tensor] | None = None, tem
     return backend.call("logit_kl", [*levels_s, *levels_t], levels_s, levels_t, weight, temperature, groups)
 
 
+def refuses_in_triton(s: list[Tensor], t: list[Tensor], weight: Sequence[Tensor] | None, temperature: float, groups: int) -> str:
+    """As `refuses`, and why one program cannot hold a distribution."""
+    bins = max([x.shape[1] // groups for x in s])
+    if bins > MOST_BINS:
+        return f"it takes distributions of at most {MOST_BINS} bins, got {bins}"
+    return refuses(s, t, weight)
+
+
 _OPERATORS = operators("logit_kl", "float temperature, int groups")
 backend.register("reference", "logit_kl", reference)
-backend.register_fused("logit_kl", partial(fused, _OPERATORS), refuses)
+backend.register("triton", "logit_kl", partial(fused, _OPERATORS, "triton"), refuses_in_triton)
+backend.register("native", "logit_kl", partial(fused, _OPERATORS, "native"), refuses)

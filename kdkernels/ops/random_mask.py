@@ -24,7 +24,8 @@ def random_mask(x: Pyramid, state: Tensor, ratio: float) -> list[Tensor]:
     x: pyramid of (N, C, H, W), 16-bit, fp32 or fp64; state: int64 (2,) on x's device, a seed and the number of the call, which is read
     there and may be counted up before the backward runs. Returns L tensors of x's shapes, types and memory layouts.
     The gradient is the upstream gradient, masked alike.
-    Traffic in units, a unit being the bytes of one pyramid: 2 (x and the result), and as much in the backward.
+    Traffic in units, a unit being the bytes of one pyramid: 2 - ratio (what is kept of x, and the result), and as much in the backward.
+    What is kept of a contiguous level lies among what is masked, in the same cache lines, so that the kernels read all of it: 2.
     Raises ValueError for a ratio outside [0, 1], for another state, and where it is on another device than x.
     """
     if not 0 <= ratio <= 1:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..logits import MOST_BINS
 from . import launch
 from .gradient import sum_parts
 from .levels import (
@@ -44,8 +45,6 @@ from .levels import (
 )
 from .series import log_1_plus, second_order
 
-#: Bins of a distribution, which the registers of one program hold.
-MOST_BINS = 4096
 #: The exponents of |sigma(s) - sigma(t)| that are multiplications.
 POWERS = (0.0, 1.0, 2.0)
 

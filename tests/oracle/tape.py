@@ -111,10 +111,6 @@ def softplus(x: Number) -> Number:
     return _unary(x, max(v, 0.0) + math.log1p(math.exp(-abs(v))), sigmoid(v))
 
 
-def arctan(x: Number) -> Number:
-    return _unary(x, math.atan(constant(x)), 1.0 / (1.0 + constant(x) ** 2))
-
-
 def largest(xs: Sequence[Number]) -> Number:
     """The first of the largest."""
     return max(xs, key=constant)
