@@ -42,7 +42,7 @@ class Method(NamedTuple):
 
     name:     "fgd";   title: in words;   paper: where its formula stands, with the code that its defaults come from
     formula:  in plain text
-    coupling: one of `COUPLINGS`;   a wrapper (AID, PAD) has that of the loss that it wraps
+    coupling: one of `COUPLINGS`; of a wrapper what it adds: see `inherits`
     options:  what the loss's constructor is given besides
     wraps:    it takes another loss, `base`
     """
@@ -54,6 +54,11 @@ class Method(NamedTuple):
     coupling: str
     options: Mapping[str, Any] = {}
     wraps: bool = False
+
+    @property
+    def inherits(self) -> bool:
+        """Whether entries and cost are those of the loss that it wraps: AID multiplies them, PAD has statistics of the batch besides."""
+        return self.wraps and self.coupling == "separable"
 
 
 class NonFinite(NamedTuple):
