@@ -245,10 +245,10 @@ def build_losses(entries: Mapping[str, Mapping[str, Any] | None], detector: str 
 
 
 def _build(name: str, entry: dict[str, Any]) -> DistillationLoss:
-    from kdkernels.losses.catalogue import make_loss
+    from kdkernels.losses.catalogue import METHODS, make_loss
 
     options = {key: value for key, value in entry.items() if key != "type"}
-    if "base" in options:
+    if METHODS[entry["type"]][0].wraps:
         options["base"] = _build(name, entry["base"])
     try:
         return make_loss(entry["type"], options)

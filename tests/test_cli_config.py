@@ -144,7 +144,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"type": "bmfi", "alfa": 1}, "loss 'x': method 'bmfi': unknown options alfa; it has weight, alpha"),
+        ({"type": "bmfi", "alfa": 1}, "loss 'x': unknown options alfa; bmfi has weight, alpha"),
         ({"type": "bmfi", "mask": "round"}, "loss 'x': mask"),
         ({"type": "gkd", "weight": "much"}, "loss 'x': "),
         ({"type": "aid", "base": {"type": "gkd", "distance": "l3"}}, "loss 'x': distance"),
