@@ -124,10 +124,15 @@ def test_what_is_finished_is_kept_and_a_failure_is_recorded(folder: Path, tmp_pa
     ("options", "message"),
     [
         (("--steps", "3"), "holds another comparison (student_steps was 2, is 3)"),
-        (("--methods", "fitnets,nonsense"), "unknown type 'nonsense'; the types are"),
+        (("--methods", "fitnets,nonsense"), "--methods nonsense: no method 'nonsense'; the methods are acam, bmfi, bmfi-recipe, "),
         (("--detectors", "yolo"), "detector is 'yolo', should be one of fcos"),
-        (("--methods", ","), "need at least one name"),
+        (("--methods", ","), "--methods ',': names are joined by ,, and one is empty"),
+        (("--detectors", "fcos,"), "--detectors 'fcos,': names are joined by ,, and one is empty"),
+        (("--methods", "gkd+"), "--methods 'gkd+': names are joined by +, and one is empty"),
+        (("--methods", "gkd,cwd,gkd"), "--methods 'gkd,cwd,gkd': gkd stands there more than once"),
+        (("--methods", "gkd+gkd"), "--methods 'gkd+gkd': gkd stands there more than once"),
         (("--methods", "gkd,aid"), "each method that is named has a row with it, unless --no-aid is given"),
+        (("--methods", "aid+fgd"), "--methods aid+fgd: AID is not alone"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(options: tuple[str, ...], message: str, folder: Path) -> None:
