@@ -106,7 +106,7 @@ COMPARISON = Comparison()
 COMPARISON_QUICK = Comparison(
     train_images=8, val_images=4, teacher_steps=2, student_steps=2, batch_size=2, warmup_steps=1, timing_rounds=2
 )
-#: For a GPU: detectors of the usual size. Not measured yet.
+#: For a GPU: detectors of the usual size, on the same renderings resized to twice theirs. Not measured yet.
 COMPARISON_GPU = Comparison(
     train_images=4000,
     val_images=500,

@@ -48,8 +48,8 @@ def compare_methods(
     the same kind of images.
 
     Renders the demo's images, trains a teacher for each detector, times a step of every method, and trains the students, seed by seed.
-    Hours on a CPU; a stopped comparison goes on where it was. On a GPU: ResNet-18 from ResNet-50 on larger images. Writes results.json,
-    results.md and gains.png.
+    Hours on a CPU; a stopped comparison goes on where it was. On a GPU: ResNet-18 from ResNet-50, the images resized to
+    192 x 640. Writes results.json, results.md and gains.png.
     """
     need("torchvision", "PIL", "pycocotools", "accelerate", "matplotlib")
     check_backend()
