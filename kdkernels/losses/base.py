@@ -46,6 +46,7 @@ class Method(NamedTuple):
     coupling: one of `COUPLINGS`; of a wrapper what it adds: see `inherits`
     options:  what the loss's constructor is given besides
     wraps:    it takes another loss, `base`
+    lacks:    options of the loss that this method has no use for; no list of its defaults has them
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method(NamedTuple):
     coupling: str
     options: Mapping[str, Any] = {}
     wraps: bool = False
+    lacks: tuple[str, ...] = ()
 
     @property
     def inherits(self) -> bool:

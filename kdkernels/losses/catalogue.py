@@ -49,7 +49,8 @@ def defaults(name: str) -> dict[str, dict[str, Any]]:
     fixed = {key: value for key, value in method.options.items() if key != "preset"}
     presets: Mapping[str, Mapping[str, Any]] = kind.PRESETS or {"default": {}}
     chosen = [method.options["preset"]] if "preset" in method.options else presets
-    return {preset: {**signature, **presets[preset], **fixed} for preset in chosen}
+    found = {preset: {**signature, **presets[preset], **fixed} for preset in chosen}
+    return {preset: {key: value for key, value in values.items() if key not in method.lacks} for preset, values in found.items()}
 
 
 def _found(name: str) -> tuple[Method, type[DistillationLoss]]:
