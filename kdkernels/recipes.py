@@ -106,7 +106,7 @@ COMPARISON = Comparison()
 COMPARISON_QUICK = Comparison(
     train_images=8, val_images=4, teacher_steps=2, student_steps=2, batch_size=2, warmup_steps=1, timing_rounds=2
 )
-#: For a GPU: detectors of the usual size. Not measured yet.
+#: For a GPU: detectors of the usual size, on the same renderings resized to twice theirs. Not measured yet.
 COMPARISON_GPU = Comparison(
     train_images=4000,
     val_images=500,
@@ -245,10 +245,10 @@ def build_losses(entries: Mapping[str, Mapping[str, Any] | None], detector: str 
 
 
 def _build(name: str, entry: dict[str, Any]) -> DistillationLoss:
-    from kdkernels.losses.catalogue import make_loss
+    from kdkernels.losses.catalogue import METHODS, make_loss
 
     options = {key: value for key, value in entry.items() if key != "type"}
-    if "base" in options:
+    if METHODS[entry["type"]][0].wraps:
         options["base"] = _build(name, entry["base"])
     try:
         return make_loss(entry["type"], options)

@@ -30,7 +30,7 @@ LOSSES: dict[str, tuple[type[DistillationLoss], dict[str, Any]]] = {
     "emask": (GmaskLoss, {"mask": "exponential", "lambda_": 0.0}),
     "cam-gmask": (CamLoss, FOCAL),
     "cam-gmask alone": (CamLoss, {**FOCAL, "lambda_": 0.0, "eps_mode": "relative"}),
-    "teacher-cam": (CamLoss, {**FOCAL, "variant": "teacher"}),
+    "teacher-cam": (CamLoss, {**FOCAL, "beta": 0.0, "variant": "teacher"}),
     "cam-only": (GKDLoss, {"preset": "release", "box_weight": "sqrt_mask", "average": "n", "weight": 0.1}),
 }
 #: Of those, the ones with parts to train.

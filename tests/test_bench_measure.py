@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -91,6 +92,23 @@ def test_peak_is_what_is_held_at_a_time() -> None:
     peak = memory.peak_bytes(CPU, call)
     assert peak == pytest.approx(4_000_000, abs=1000)
     assert memory.peak_bytes(CPU, lambda: None) is None
+
+
+def test_what_the_profiler_says_of_gpus_and_of_earlier_blocks_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    earlier = [torch.ones(1000) for _ in range(3)]
+
+    def call(fails: bool = False) -> None:
+        earlier.clear()
+        os.write(2, b"ERROR: DeviceProperties.cpp:48] gpuGetDeviceCount failed with code 35\nof the call\n")
+        if fails:
+            raise ValueError
+
+    memory.peak_bytes(CPU, call)
+    assert capfd.readouterr().err == "of the call\n"
+    with pytest.raises(ValueError):
+        memory.peak_bytes(CPU, lambda: call(True))
+    os.write(2, b"behind it\n")
+    assert capfd.readouterr().err == "of the call\nbehind it\n"
 
 
 def test_resident_memory_is_whoever_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from bench_records import DISTANCES, kernel, kernels, provenance, step, steps
 from benchmarks.measure.records import append
 from benchmarks.registry import Case
 from benchmarks.registry.predicted import SHORTEST_MS
-from benchmarks.report import run, speed_of_light
+from benchmarks.report import methods, run, speed_of_light
 from benchmarks.report.cells import Cell, cells, extra, light_ms, mean_speed_up
 from benchmarks.report.kernels import EXTRA, RESIDENT, cell_table, not_measured, one_case, overview
 from benchmarks.report.origin import device, runs, where
@@ -352,3 +352,14 @@ def test_speed_of_light_measures(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert out.startswith("**Distance from the speed of light at tiny N=1 C=64"), "progress goes to standard error"
     assert out.count("\n| feature_imitation, ") == 1, "only what was asked for, whatever else the file holds"
+
+
+def test_a_wrapper_that_adds_statistics_of_the_batch_shows_its_own_coupling_and_cost() -> None:
+    pages, lines = {name: methods.block(name) for name in ("pad", "aid")}, methods.overview().splitlines()
+    assert "It costs what the loss that it wraps costs" in pages["aid"] and "entries are those of the loss that it wraps" in pages["aid"]
+    assert "Least traffic, on fitnets, in units" in pages["pad"] and "| values and gradient | 5 |" in pages["pad"]
+    assert "Coupled over the batch" in pages["pad"] and "It costs what" not in pages["pad"]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+    rows = {row[1].partition("]")[0]: row for row in cells}
+    assert (rows["[pad"][3], rows["[pad"][6]) == ("batch-coupled", "5, on fitnets")
+    assert (rows["[aid"][3], rows["[aid"][6]) == ("of what it wraps", "") and rows["[fitnets"][6] == "3"

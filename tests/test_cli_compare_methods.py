@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli import kdkernels
 
 from kdkernels import recipes
 from kdkernels.cli import compare_timing, stored_runs
 from kdkernels.cli.compare_plan import Arena, Job, Plan, digest
 from kdkernels.losses.catalogue import METHODS, defaults
+from kdkernels.models import build_detector
 from kdkernels.report.comparison import Group, comparison_markdown, groups, label
 
 OPTIONS = ("compare-methods", "--quick", "--detectors", "fcos", "--methods", "fitnets,gkd", "--seeds", "1")
@@ -56,6 +58,7 @@ def test_every_method_has_a_row_alone_and_with_aid(folder: Path) -> None:
 def test_steps_are_timed_against_the_step_without_distillation(folder: Path) -> None:
     steps = read(folder)["timing"]["fcos"]
     assert set(steps) == set(LABELS) and steps["no distillation"]["ratio"] == 1
+    assert f"1.00 ({steps['no distillation']['ms']:.0f} ms)" in (folder / "results.md").read_text(encoding="utf-8")
     assert all(step["ms"] > 0 and step["ratio"] > 0 and step["memory_mib"] > 1 for step in steps.values())
 
 
@@ -124,10 +127,15 @@ def test_what_is_finished_is_kept_and_a_failure_is_recorded(folder: Path, tmp_pa
     ("options", "message"),
     [
         (("--steps", "3"), "holds another comparison (student_steps was 2, is 3)"),
-        (("--methods", "fitnets,nonsense"), "unknown type 'nonsense'; the types are"),
+        (("--methods", "fitnets,nonsense"), "--methods nonsense: no method 'nonsense'; the methods are acam, bmfi, bmfi-recipe, "),
         (("--detectors", "yolo"), "detector is 'yolo', should be one of fcos"),
-        (("--methods", ","), "need at least one name"),
+        (("--methods", ","), "--methods ',': names are joined by ,, and one is empty"),
+        (("--detectors", "fcos,"), "--detectors 'fcos,': names are joined by ,, and one is empty"),
+        (("--methods", "gkd+"), "--methods 'gkd+': names are joined by +, and one is empty"),
+        (("--methods", "gkd,cwd,gkd"), "--methods 'gkd,cwd,gkd': gkd stands there more than once"),
+        (("--methods", "gkd+gkd"), "--methods 'gkd+gkd': gkd stands there more than once"),
         (("--methods", "gkd,aid"), "each method that is named has a row with it, unless --no-aid is given"),
+        (("--methods", "aid+fgd"), "--methods aid+fgd: AID is not alone"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(options: tuple[str, ...], message: str, folder: Path) -> None:
@@ -208,7 +216,8 @@ def test_gains_are_of_the_same_seed_sorted_and_marked_where_they_hurt() -> None:
     bad, good = [row("bad", 0, 0.09), row("bad", 1, 0.28)], [row("good", 1, 0.32), row("good", 1, 0.33, True)]
     rows = [row("", 0, 0.10), row("", 1, 0.30), *bad, *good]
     results: dict[str, Any] = {
-        "rows": rows, "missing": [], "teachers": {}, "timing": {"fcos": {"good": {"ratio": 1.5, "memory_mib": 9.0}}},
+        "rows": rows, "missing": [], "teachers": {}, 
+        "timing": {"fcos": {"good": {"ms": 712.5, "ratio": 1.5, "memory_mib": 9.0}, label("", False): {"ms": 475.2, "ratio": 1.0}}},
         "recipe": asdict(recipes.COMPARISON), "device": "cpu", "threads": 1, "versions": {"torch": "2"}, "backend": "reference",
     }  # fmt: skip
     found = groups(results, "fcos")
@@ -220,6 +229,8 @@ def test_gains_are_of_the_same_seed_sorted_and_marked_where_they_hurt() -> None:
     assert cells["bad"][2:7] == ["2", "18.5 ± 13.4", "-1.5 ± 0.7", "-1.0, -2.0", "hurts"]
     assert "gkd-recipe: weight 0.1; gkd-imitation-recipe: weight 20" in comparison_markdown(results)
     assert cells["good"][2:7] == ["1", "32.0", "+2.0", "+2.0", ""] and cells["good"][9:11] == ["1.50", "9"]
+    # The ratios are of something.
+    assert cells["no distillation"][9] == "1.00 (475 ms)" and "in brackets the latter's own time" in comparison_markdown(results)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +238,23 @@ def test_gains_are_of_the_same_seed_sorted_and_marked_where_they_hurt() -> None:
 )
 def test_a_method_hurts_when_it_loses_more_than_the_deviation(gains: tuple[float, ...], hurts: bool) -> None:
     assert Group("x", [], dict(enumerate(gains)), [], {}).hurts is hurts
+
+
+@pytest.mark.parametrize("distribution", [False, True])
+@pytest.mark.parametrize("detector", recipes.COMPARED)
+def test_the_detectors_of_a_gpus_comparison_can_be_built(detector: str, distribution: bool) -> None:
+    recipe = recipes.COMPARISON_GPU
+    student, teacher = (recipe.spec(detector, backbone, distribution) for backbone in (recipe.student, recipe.teacher))
+    assert (student.backbone, teacher.backbone, student.pretrained, teacher.pretrained) == ("resnet18", "resnet50", False, False)
+    sizes = []
+    for spec in (student, teacher):
+        with torch.device("meta"):
+            model = build_detector(spec)
+        assert (model.transform.min_size, model.transform.max_size) == ((192,), 640)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert 5e6 < sizes[0] < sizes[1]
+
+
+def test_the_help_says_what_a_gpu_compares() -> None:
+    recipe, text = recipes.COMPARISON_GPU, " ".join(kdkernels("compare-methods", "--help").stdout.replace("│", " ").split())
+    assert f"resized to {recipe.min_size} x {recipe.max_size}" in text

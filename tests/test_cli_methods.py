@@ -24,7 +24,7 @@ def test_the_list_has_formula_defaults_coupling_and_paper_of_every_method() -> N
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0
     for name, (method, _) in METHODS.items():
-        coupling = "of what it weighs" if method.wraps else method.coupling
+        coupling = "of what it weighs" if name == "aid" else method.coupling
         assert f"{name}: {method.title} ({coupling}) {' '.join(method.formula.split())}" in text
         assert method.paper in text and all(f"{preset}: " in text for preset in defaults(name))
     assert "two-stage: weight 1, alpha 5e-05, beta 2.5e-05, gamma 5e-05, lambda_ 5e-07" in text
@@ -41,10 +41,12 @@ def test_json_is_the_list_as_data() -> None:
 
 def test_wrappers_and_recipes_say_what_they_are() -> None:
     pad, aid = (json.loads(kdkernels("methods", name, "--json").stdout) for name in ("pad", "aid"))
-    assert pad["coupling"] == aid["coupling"] == "of what it weighs" and (pad["weighs"], aid["weighs"]) == ("fbkd", None)
+    # AID multiplies what is there; PAD divides by statistics of the whole batch.
+    assert (pad["coupling"], aid["coupling"]) == ("batch-coupled", "of what it weighs")
+    assert (pad["weighs"], aid["weighs"]) == ("fbkd", None)
     shown = {name: " ".join(kdkernels("methods", name).stdout.split()) for name in ("pad", "aid", "gkd")}
     assert "--method pad stands on fbkd" in shown["pad"] and "--aid puts it on every loss" in shown["aid"]
-    assert all("of what it weighs; " in shown[name] for name in ("pad", "aid"))
+    assert "of what it weighs; " in shown["aid"] and "batch-coupled; " in shown["pad"]
     assert "kdkernels distill gives it the demo's values, weight 0.1; compare-methods has gkd with the defaults above" in shown["gkd"]
 
 

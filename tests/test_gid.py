@@ -185,3 +185,18 @@ def test_an_empty_batch_has_a_backward_pass():
     value = loss(s, t, student, teacher)
     value.backward()
     assert value.item() == 0 and all(x.grad is not None for x in [*s, *student.classification, *student.boxes])
+
+
+def test_relations_do_not_know_the_scale_of_either_side():
+    loss, s, t, student, teacher = case()
+
+    def terms(own, theirs):
+        return loss.terms(own, loss.teacher_side(theirs, teacher_outputs=teacher), student_outputs=student)
+
+    want, got = terms(s, t), terms([3.0 * x for x in s], [0.2 * x for x in t])
+    assert want["relation"].sum() > 0
+    assert_close(got["relation"], want["relation"].detach(), RTOL64)
+    # The features themselves are compared with their scale.
+    assert (got["feature"] / want["feature"] - 1).abs().min() > 0.1
+    # A student that is the teacher at another scale has no relation to learn.
+    assert terms([7.0 * x for x in t], t)["relation"].sum() < 1e-20

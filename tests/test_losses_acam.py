@@ -6,6 +6,7 @@ import pytest
 import torch
 from losses_support import built, pyramids, value_and_gradients
 from oracle.compare import RTOL64, assert_close, assert_levels_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdkernels import ACAMLoss
 
@@ -53,6 +54,17 @@ def test_each_term_and_the_gradients_of_features_and_masks(term, shapes):
     for a, b, source in zip(*gradients, sources, strict=True):
         a, b = (torch.zeros_like(source) if g is None else g for g in (a, b))
         assert_close(a, b, RTOL64, atol=RTOL64 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_no_matrix_of_all_pairs_is_made_in_either_layout(layout, dtype):
+    s, t = ([x.detach().to(dtype).contiguous(memory_format=layout).requires_grad_() for x in side] for side in pyramids(8, SHAPES))
+    loss = built(ACAMLoss(), s, t)
+    # Refuses to fall back to the path that makes it.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        gradients = torch.autograd.grad(loss(s, t), s)
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
 
 
 def test_an_entry_depends_on_its_own_image_alone():

@@ -8,7 +8,7 @@ from levels import relative_error
 from method_support import FOCAL, SHAPES, call, given, gradients, made, new
 
 from kdkernels import CamLoss, FGDLoss
-from kdkernels.losses.catalogue import make_loss
+from kdkernels.losses.catalogue import defaults, make_loss
 
 ALONE = {**FOCAL, "lambda_": 0.0}
 
@@ -58,6 +58,17 @@ def test_the_teachers_variant_weighs_both_sides_alike_and_has_no_cam_term():
     assert float(call(new("teacher-cam"), same)) == 0
 
 
+def test_the_teachers_variant_has_no_beta():
+    for make in (lambda **options: CamLoss(variant="teacher", **options), lambda **options: make_loss("teacher-cam", options)):
+        with pytest.raises(ValueError, match='^beta weighs the distance of both maps, which variant="teacher" does not have.*got 0.05'):
+            make(beta=0.05)
+        assert make(beta=0.0).beta == make().beta == 0
+    with pytest.raises(ValueError, match="nothing to compute"):
+        CamLoss(variant="teacher", alpha=0.0, gamma=0.0, lambda_=0.0)
+    assert all("beta" in values for values in defaults("cam-gmask").values())
+    assert not any("beta" in values for values in defaults("teacher-cam").values())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -97,12 +108,6 @@ def test_missing_gradients_are_named(argument):
     with pytest.raises(ValueError, match=f"CamLoss needs {argument}"):
         call(new("cam-gmask"), {**case, argument: None})
 
-
-def test_the_teachers_variant_with_beta_alone_has_nothing_to_compute():
-    nothing = {"alpha": 0.0, "gamma": 0.0, "lambda_": 0.0}
-    with pytest.raises(ValueError, match=r'alpha, gamma and lambda_ are all 0, so that with variant="teacher" there is nothing to compute'):
-        CamLoss(variant="teacher", **nothing)
-    assert CamLoss(**nothing).coefficients()["cam"] == 0.05
 
 
 @pytest.mark.parametrize(("option", "value"), [("variant", "student"), ("eps_mode", "none"), ("mask", "round")])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 
+import numpy as np
 import pytest
 
 from kdkernels import losses
@@ -56,11 +58,57 @@ def test_options_are_handed_on():
     ("name", "options", "said"),
     [
         ("gdk", {}, r"(?s)no method 'gdk'.*gkd"),
-        ("bmfi", {"beta": 1.0}, r"(?s)'bmfi'.*beta;.*beta_bg"),
-        ("aid", {}, "'aid'.*base"),
+        ("bmfi", {"beta": 1.0}, r"(?s)beta; bmfi has.*beta_bg"),
+        ("aid", {}, "^aid wraps another loss, base, which is missing"),
         ("fitnets", {"preset": "three-stage"}, "(?s)preset.*three-stage"),
     ],
 )
 def test_what_is_unknown_or_missing_is_named(name, options, said):
     with pytest.raises(ValueError, match=said):
         make_loss(name, options)
+
+
+#: An option of each kind -> what is of another kind.
+OTHERS = {
+    bool: ["yes", 1, 0.0, [True]],
+    int: [2.5, 6.0, True, "6", math.nan],
+    float: [math.nan, math.inf, True, "hot", [1.0], {}],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_of_another_kind_are_refused_by_name(name):
+    checked = 0
+    for options in defaults(name).values():
+        for option, value in [*options.items(), ("seed", 0)]:
+            if option != "seed" or "seed" in inspect.signature(METHODS[name][1]).parameters:
+                for other in OTHERS.get(type(value), ()):
+                    with pytest.raises(ValueError, match=rf"^{option} must be (a finite|a whole) number|^{option} must be true or false"):
+                        _made(name, **{option: other})
+                    checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (losses.FGDLoss, {"alpha": "x"}),
+        (losses.LDLoss, {"temperature": "hot"}),
+        (losses.ACAMLoss, {"masks": 2.5}),
+        (losses.FGFILoss, {"adapter": "yes"}),
+        (losses.DeFeatLoss, {"alpha": math.nan}),
+        (losses.BMFILoss, {"expand": math.inf}),
+        (losses.BMFILoss, {"area_norm": "no"}),
+        (losses.GKDLoss, {"spatial": 0}),
+        (losses.GKDLoss, {"eps": "small"}),
+        (losses.PKDLoss, {"weight": True}),
+    ],
+)
+def test_the_losses_themselves_refuse_them(loss, options):
+    ((option, _),) = options.items()
+    with pytest.raises(ValueError, match=f"^{option} must be "):
+        loss(**options)
+
+
+def test_whole_numbers_are_numbers():
+    assert losses.FGDLoss(weight=2, alpha=1, beta=np.float32(0.5)).alpha == 1 and losses.ACAMLoss(masks=np.int64(3)).masks == 3

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 UNKNOWN_CACHE = 32 << 20
 #: "5" written into it makes the highest resident memory start anew.
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+#: What the profiler says where there is no GPU, and of blocks from before it started, which are not counted on purpose.
+_NOISE = (b"gpuGetDeviceCount failed", b"Memory block of unknown size was allocated before the profiling started")
 _CPUS = Path("/sys/devices/system/cpu")
 _GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -32,7 +37,7 @@ def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     if not events:
@@ -88,6 +93,25 @@ def cache_bytes(device: torch.device) -> int:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or UNKNOWN_CACHE
     except (AttributeError, ValueError, OSError):
         return UNKNOWN_CACHE
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lets through to stderr, afterwards, all lines but the profiler's `_NOISE`, which libraries write past Python."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            held.seek(0)
+            for line in held:
+                if not any(text in line for text in _NOISE):
+                    os.write(2, line)
 
 
 def _trim() -> None:

@@ -24,6 +24,13 @@ def projected(parts: Parts, s: Tensor, t: Tensor) -> list[Tensor]:
     return [layer(x).flatten(2).transpose(1, 2) for layer, x in ((parts.query, t), (parts.key, s), (parts.value, s))]
 
 
+def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(N, H W, C), by one of torch's kernels without a matrix of all pairs: these want vectors of one length, each in one piece."""
+    missing, scale = (0, value.shape[2] - query.shape[2]), query.shape[2] ** -0.5
+    query, key, value = (x[:, None] for x in (F.pad(query, missing), F.pad(key, missing), value.contiguous()))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)[:, 0]
+
+
 def masks(parts: Parts, joint: Tensor) -> tuple[Tensor, Tensor]:
     """Of channels (N, M, C) and of positions (N, M, H W)."""
     of_channels, of_positions = parts.channel_units(joint.mean(1)[:, :, None]), parts.spatial_units(joint)
@@ -42,8 +49,7 @@ def eager(student_features: list[Tensor], teacher_features: list[Tensor], traine
     rows = []
     for student, teacher, parts in zip(student_features, teacher_features, trained.levels, strict=True):
         s, t = student.float(), teacher.float()
-        query, key, value = (x[:, None] for x in projected(parts, s, t))
-        channel, spatial = masks(parts, F.scaled_dot_product_attention(query, key, value)[:, 0])
+        channel, spatial = masks(parts, attended(*projected(parts, s, t)))
         n, c, h, w = s.shape
         shares = [(mask / mask.sum(2, keepdim=True)).mean(1) for mask in (channel, spatial)]
         error = (s - t).square()

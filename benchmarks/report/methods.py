@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from kdkernels import FitNetsLoss
+from kdkernels.losses.base import Method
 from kdkernels.losses.catalogue import METHODS, defaults, make_loss
 from kdkernels.losses.trainable import Trainable
+from kdkernels.losses.wrapper import WrapperLoss
 from kdkernels.report.tables import Table, to_markdown
 
-from ..registry import ENTRIES
+from ..registry import ENTRIES, Entry
 
 MODES = {
     "forward": "values alone",
@@ -35,10 +39,10 @@ def overview() -> str:
         loss = make_loss(name, {"base": FitNetsLoss()} if method.wraps else None)
         trains = isinstance(loss, Trainable) and loss.trains()
         entry = ENTRIES.get(name.replace("-", "_"))
-        units = "" if entry is None or "backward" not in entry.units else f"{entry.units['backward']:g}"
+        units = "" if entry is None or "backward" not in entry.units else f"{entry.units['backward']:g}{_on(entry, method)}"
         needs = ", ".join(words for need, words in NEEDS.items() if need in loss.needs)
         page = f"[{name}](methods/{kind.__module__.rpartition('.')[2]}.md)"
-        coupling = "of what it wraps" if method.wraps else method.coupling
+        coupling = "of what it wraps" if method.inherits else method.coupling
         rows.append([page, method.title, coupling, needs, "yes" if trains else "", units])
     columns = ["method", "", "(L, N) entries", "needs besides features", "trains parts", "units, values and gradient"]
     return to_markdown(Table("All methods", columns, rows))
@@ -53,8 +57,10 @@ def block(name: str) -> str:
 
 def _coupling(name: str) -> str:
     method = METHODS[name][0]
-    if method.wraps:
+    if method.inherits:
         return "Its (level, image) entries are those of the loss that it wraps, weighted."
+    if method.wraps:
+        return "Coupled over the batch: the (level, image) entries of the loss that it wraps, with statistics of the whole batch in them."
     return {
         "separable": "Separable: every (level, image) entry is made of that level of that image alone.",
         "batch-coupled": "Coupled over the batch: each level's total is split over the images by their share of the numerator.",
@@ -74,8 +80,18 @@ def _text(value: object) -> str:
 
 
 def _cost(name: str) -> str:
-    if METHODS[name][0].wraps:
+    method = METHODS[name][0]
+    if method.inherits:
         return "It costs what the loss that it wraps costs: the weights multiply sums and gradients that are there anyway."
     entry = ENTRIES[name.replace("-", "_")]
     rows = [[MODES[mode], f"{units:g}"] for mode, units in entry.units.items()]
-    return to_markdown(Table("Least traffic, in units (the bytes of one pyramid)", ["", "units"], rows)).strip()
+    return to_markdown(Table(f"Least traffic{_on(entry, method)}, in units (the bytes of one pyramid)", ["", "units"], rows)).strip()
+
+
+def _on(entry: Entry, method: Method) -> str:
+    """Of a wrapper with a cost of its own, which loss it is measured on."""
+    if not method.wraps:
+        return ""
+    assert entry.losses is not None  # of every method
+    base = cast(WrapperLoss, entry.losses()[method.name]).base
+    return f", on {next(name for name, (_, kind) in METHODS.items() if kind is type(base))}"

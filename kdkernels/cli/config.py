@@ -118,7 +118,7 @@ def make_config(
     """
     values = copy.deepcopy(dict(file))
     if methods is not None:
-        values["losses"] = {name.strip(): {} for name in methods.split("+") if name.strip()}
+        values["losses"] = {name: {} for name in split_names("--method", methods, "+")}
     for key, value in flags.items():
         if value is not None:
             _put(values, key, value)
@@ -131,6 +131,17 @@ def make_config(
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}: the value is not YAML: {error}") from error
     return _typed(values, aid)
+
+
+def split_names(option: str, text: str, separator: str) -> list[str]:
+    """The names in the text of an option. Raises UserError for an empty one and for one that stands there twice."""
+    names = [name.strip() for name in text.split(separator)]
+    if "" in names:
+        raise UserError(f"{option} {text!r}: names are joined by {separator}, and one is empty")
+    repeated = dict.fromkeys(name for name in names if names.count(name) > 1)
+    if repeated:
+        raise UserError(f"{option} {text!r}: {', '.join(repeated)} stands there more than once")
+    return names
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -158,6 +169,8 @@ def _losses(values: Mapping[str, Any], aid: bool, detector: str) -> dict[str, di
         name, options = str(key), {"type": str(key), **(entry or {})}
         try:
             found[name] = recipes.expand(name, recipes.with_aid(options) if aid else options, detector)
+            # What the loss itself refuses is said here, before anything is printed or loaded.
+            recipes.build_losses({name: found[name]}, detector)
         except ValueError as error:
             raise UserError(f"{error}{_hint(name, options)}") from error
     return found

@@ -50,7 +50,8 @@ def describe(name: str) -> dict[str, Any]:
     method, loss = METHODS[name]
     return {
         **{key: getattr(method, key) for key in ("name", "title", "paper", "formula", "coupling", "wraps")},
-        **({"coupling": "of what it weighs", "weighs": WEIGHED.get(name)} if method.wraps else {}),
+        **({"coupling": "of what it weighs"} if method.inherits else {}),
+        **({"weighs": WEIGHED.get(name)} if method.wraps else {}),
         "loss": loss.__name__,
         "defaults": defaults(name),
         "recipe": {key: value for key, value in LOSSES.get(name, {}).items() if key != "type"},

@@ -153,8 +153,9 @@ class LevelMasks(nn.Module):
             raise ValueError(f"the loss was built for {wanted}, got {got[0]} and {got[1]}")
         student, teacher = as_parameters(student, self), as_parameters(teacher, self)
         query, key, value = (_positions(x) for x in (self.query(teacher), self.key(student), self.value(student)))
-        # The kernels without a matrix of all pairs want vectors of one length on a CPU; zeros leave the products as they are.
-        missing = (0, value.shape[-1] - query.shape[-1])
+        # The kernels without a matrix of all pairs want each vector in one piece and, on a CPU, all of one length; zeros leave the
+        # products as they are. Padding copies; the value of NCHW maps is copied here.
+        missing, value = (0, value.shape[-1] - query.shape[-1]), value.contiguous()
         scale = self.query.out_channels**-0.5
         joint = F.scaled_dot_product_attention(F.pad(query, missing), F.pad(key, missing), value, scale=scale)[:, 0]
         of_channels, of_positions = self.channel_units(joint.mean(1)[:, :, None]), self.spatial_units(joint)

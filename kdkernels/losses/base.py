@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,9 +43,10 @@ class Method(NamedTuple):
 
     name:     "fgd";   title: in words;   paper: where its formula stands, with the code that its defaults come from
     formula:  in plain text
-    coupling: one of `COUPLINGS`;   a wrapper (AID, PAD) has that of the loss that it wraps
+    coupling: one of `COUPLINGS`; of a wrapper what it adds: see `inherits`
     options:  what the loss's constructor is given besides
     wraps:    it takes another loss, `base`
+    lacks:    options of the loss that this method has no use for; no list of its defaults has them
     """
 
     name: str
@@ -54,6 +56,12 @@ class Method(NamedTuple):
     coupling: str
     options: Mapping[str, Any] = {}
     wraps: bool = False
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def inherits(self) -> bool:
+        """Whether entries and cost are those of the loss that it wraps: AID multiplies them, PAD has statistics of the batch besides."""
+        return self.wraps and self.coupling == "separable"
 
 
 class NonFinite(NamedTuple):
@@ -106,6 +114,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, weight: float = 1.0, reduction: str = "sum", on_nonfinite: str = "flag"):
         super().__init__()
+        check_kind("weight", weight, 1.0)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         # Not a default of the class, which would hide the module that nn.Module keeps under this name.
@@ -242,9 +251,29 @@ def boxes_like(features: Sequence[Tensor], boxes: Boxes) -> Boxes:
 
 
 def preset_options(presets: Mapping[str, Mapping[str, Any]], preset: str, **given: Any) -> dict[str, Any]:
-    """The given options, and of the preset those that are None. Raises ValueError for an unknown preset."""
+    """The given options, and of the preset those that are None. Raises ValueError for an unknown preset and for values of another kind."""
     check_choice("preset", preset, tuple(presets))
+    for name, value in given.items():
+        check_kind(name, value, presets[preset][name])
     return {name: presets[preset][name] if value is None else value for name, value in given.items()}
+
+
+def check_kind(name: str, value: Any, like: Any) -> None:
+    """Raises ValueError naming the option unless its value is of the kind of `like`: true or false, a whole number, or a finite number.
+
+    Everything is of the kind of other values, and None, which stands for a default, of each.
+    """
+    kinds = {bool: "true or false", int: "a whole number", float: "a finite number"}
+    if value is None or type(like) not in kinds:
+        return
+    flag = isinstance(value, bool)
+    fits = {
+        bool: flag,
+        int: not flag and isinstance(value, numbers.Integral),
+        float: not flag and isinstance(value, numbers.Real) and math.isfinite(value),
+    }
+    if not fits[type(like)]:
+        raise ValueError(f"{name} must be {kinds[type(like)]}; got {value!r}")
 
 
 def level_scaled(rows: Tensor, weight: float, sizes: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from .. import ops
 from ..ops.box_mask import background, check_mask_options
 from ..ops.terms import AttentionTerm, ImitationTerm
 from ..pyramid import Gradients, Pyramid, check_choice, products
-from .base import Method, level_masks
+from .base import Method, check_kind, level_masks
 from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 MASKS = ("gaussian", "exponential", "area", "binary")
@@ -80,6 +80,11 @@ class BMFILoss(ComposedLoss):
         on_nonfinite: str = "flag",
     ):
         super().__init__(weight, reduction, on_nonfinite)
+        factors = {"alpha": alpha, "gamma": gamma, "lambda_": lambda_, "beta_bg": beta_bg, "temperature": temperature, "expand": expand}
+        for name, value in factors.items():
+            check_kind(name, value, 1.0)
+        check_kind("inner_ones", inner_ones, True)
+        check_kind("area_norm", area_norm, True)
         check_choice("mask", mask, MASKS)
         check_choice("attention_from", attention_from, ATTENTION_SOURCES)
         check_mask_options(mask, expand, placement)

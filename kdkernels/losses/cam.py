@@ -66,6 +66,7 @@ class CamLoss(FGDLoss):
             "1/N * (alpha sum M S Ch CAM_T (F_S - F_T)^2 + gamma (|Ch_S - Ch_T|_1 + |S_S - S_T|_1) + lambda |GcB_S(F_S) - GcB_T(F_T)|^2)",
             "separable",
             {"variant": "teacher", "beta": 0.0},
+            lacks=("beta",),
         ),
     )
     PRESETS = {
@@ -90,12 +91,13 @@ class CamLoss(FGDLoss):
         on_nonfinite: str = "flag",
         seed: int = 0,
     ):
+        if variant == "teacher":
+            if beta:
+                raise ValueError(f'beta weighs the distance of both maps, which variant="teacher" does not have: choose 0; got {beta}')
+            beta = 0.0
         super().__init__(weight, preset, alpha, beta, gamma, lambda_, temperature, mask, reduction, on_nonfinite, seed)
         check_choice("variant", variant, VARIANTS)
         self.variant, self.eps_mode = variant, eps_mode
-        # FGD's check counts a beta that only the other variant has a term for.
-        if not any(self.coefficients().values()):
-            raise ValueError(f'CamLoss: alpha, gamma and lambda_ are all 0, so that with variant="{variant}" there is nothing to compute')
         self._gkd = GKDLoss(preset="release", eps_mode=eps_mode, average="n")
         # With parts to train the loss aligns channels itself, for the maps are of the student's own features.
         self.compares_features = variant == "teacher" or not self.lambda_

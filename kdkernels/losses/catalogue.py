@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import losses
-from .base import DistillationLoss, Method
+from .base import DistillationLoss, Method, check_kind
 
 _EXPORTED = [getattr(losses, name) for name in losses.__all__]
 _CLASSES: list[type[DistillationLoss]] = [kind for kind in _EXPORTED if isinstance(kind, type) and issubclass(kind, DistillationLoss)]
@@ -27,12 +27,15 @@ def make_loss(name: str, options: Mapping[str, Any] | None = None) -> Distillati
     """
     method, kind = _found(name)
     given = {**method.options, **(options or {})}
-    valid = list(inspect.signature(kind).parameters)
+    valid = inspect.signature(kind).parameters
     unknown = [key for key in given if key not in valid]
     if unknown:
-        raise ValueError(f"method {name!r}: unknown options {', '.join(unknown)}; it has {', '.join(valid)}")
+        raise ValueError(f"unknown options {', '.join(unknown)}; {name} has {', '.join(valid)}")
+    for key, value in given.items():
+        # The losses check what their presets have.
+        check_kind(key, value, valid[key].default)
     if method.wraps and "base" not in given:
-        raise ValueError(f"method {name!r} wraps another loss, base, which is missing")
+        raise ValueError(f"{name} wraps another loss, base, which is missing")
     return kind(**given)
 
 
@@ -46,7 +49,8 @@ def defaults(name: str) -> dict[str, dict[str, Any]]:
     fixed = {key: value for key, value in method.options.items() if key != "preset"}
     presets: Mapping[str, Mapping[str, Any]] = kind.PRESETS or {"default": {}}
     chosen = [method.options["preset"]] if "preset" in method.options else presets
-    return {preset: {**signature, **presets[preset], **fixed} for preset in chosen}
+    found = {preset: {**signature, **presets[preset], **fixed} for preset in chosen}
+    return {preset: {key: value for key, value in values.items() if key not in method.lacks} for preset, values in found.items()}
 
 
 def _found(name: str) -> tuple[Method, type[DistillationLoss]]:

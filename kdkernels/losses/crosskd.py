@@ -30,7 +30,7 @@ class CrossKDLoss(AssignedOutputsLoss):
     Batch-coupled: the entries split each level's value over its images.
 
     classification, regression, distribution: coefficients
-    preset: one-stage, gfl and retinanet (1, 1, 4) | two-stage (the source has none: a copy of one-stage) | fcos (.4, .75, 4)
+    preset: one-stage, gfl and retinanet (1, 1, 4) | two-stage (the source has none at 87e156a: a copy of one-stage) | fcos (.4, .75, 4)
     reduction, on_nonfinite: see DistillationLoss
     """
 

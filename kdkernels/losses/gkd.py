@@ -13,7 +13,7 @@ from ..ops.map_distance import AVERAGES, DISTANCES, check_map_options
 from ..ops.terms import ImitationTerm, MapTerm
 from ..ops.weighted_channel_sum import ACTIVATIONS, RECTIFIERS
 from ..pyramid import Gradients, Pyramid, accumulate, as_pyramid, check_choice, check_match
-from .base import Method, level_masks
+from .base import Method, check_kind, level_masks, preset_options
 from .composed import ComposedLoss, Given, Part, Read, Reading, student_levels
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,16 +130,13 @@ class GKDLoss(ComposedLoss):
         on_nonfinite: str = "flag",
     ):
         super().__init__(weight, reduction, on_nonfinite)
-        check_choice("preset", preset, tuple(PRESETS))
-        chosen = PRESETS[preset]
+        given = {"channel_weight": channel_weight, "activation": activation, "rectify": rectify, "normalize": normalize}
+        chosen = preset_options(PRESETS, preset, **given, distance=distance, eps=eps, eps_mode=eps_mode)
+        check_kind("spatial", spatial, True)
+        check_kind("temperature", temperature, 0.5)
         self.preset, self.form, self.spatial = preset, form, spatial
-        self.channel_weight = chosen["channel_weight"] if channel_weight is None else channel_weight
-        self.activation = chosen["activation"] if activation is None else activation
-        self.rectify = chosen["rectify"] if rectify is None else rectify
-        self.normalize = chosen["normalize"] if normalize is None else normalize
-        self.distance = chosen["distance"] if distance is None else distance
-        self.eps = chosen["eps"] if eps is None else eps
-        self.eps_mode = chosen["eps_mode"] if eps_mode is None else eps_mode
+        self.channel_weight, self.activation, self.rectify, self.normalize = (chosen[name] for name in given)
+        self.distance, self.eps, self.eps_mode = chosen["distance"], chosen["eps"], chosen["eps_mode"]
         self.temperature, self.average, self.box_weight, self.grad_mode = temperature, average, box_weight, grad_mode
         self._check_options()
         needs = {"teacher_gradients"}

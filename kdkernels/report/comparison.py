@@ -89,7 +89,7 @@ def _table(results: Mapping[str, Any], arena: str) -> Table:
                 HURTS if group.hurts else "",
                 with_deviation(group.over_plain, sign=True) if group.over_plain else "",
                 f"{100 * mean(row['map50'] for row in group.rows):.1f}",
-                f"{group.step['ratio']:.2f}" if "ratio" in group.step else "",
+                _step(group),
                 "" if memory is None else f"{memory:.0f}",
                 f"{mean(kd):.3g}" if kd else "",
                 f"{mean(task):.3g}" if task else "",
@@ -101,6 +101,14 @@ def _table(results: Mapping[str, Any], arena: str) -> Table:
         f"{recipe['min_size']} x {recipe['max_size']} pixels, COCO AP x 100"
     )
     return Table(title, columns, rows, _notes(results, arena))
+
+
+def _step(group: Group) -> str:
+    """Its ratio; of the step that all are compared with its time too."""
+    if "ratio" not in group.step:
+        return ""
+    own = f" ({group.step['ms']:.0f} ms)" if group.name == label(BASELINE, False) else ""
+    return f"{group.step['ratio']:.2f}{own}"
 
 
 def _notes(results: Mapping[str, Any], arena: str) -> list[str]:
@@ -140,8 +148,8 @@ def comparison_notes(results: Mapping[str, Any]) -> list[str]:
         f"All students of a seed start from the same weights ({start}) and see the same images in the same order. gain: against the "
         f"student of the same seed without distillation, mean ± sample deviation; {HURTS}: its mean is below 0 by more than that. "
         "AID adds: against the method without AID. step: time of a training step over that of a step without distillation, median of "
-        "rounds in which both take turns; MiB: the most that a step holds above what was there before. kd: mean of the distillation loss; "
-        "task loss: of the last epoch.",
+        "rounds in which both take turns (in brackets the latter's own time, when it was measured last); MiB: the most that a "
+        "step holds above what was there before. kd: mean of the distillation loss; task loss: of the last epoch.",
         f"{results['device']}, {results['threads']} threads, torch {results['versions']['torch']}, backend {results['backend']}"
         + (f", commit {', '.join(commits)}." if commits else "."),
     ]
