@@ -171,7 +171,7 @@ def test_values_of_minus_infinity(place, layout, backend, device):
     for name in ("channel_kl", "cross_entropy"):
         for of_teacher in (True, False):
             s, t = features(SHAPES[:1], layout=layout, device=device)
-            (t if of_teacher else s)[0][1, 1, *place] = -float("inf")
+            (t if of_teacher else s)[0][(1, 1, *place)] = -float("inf")
             (rows, gradients), (rows64, gradients64) = both(name, backend, s, t)
             counted = of_teacher and name == "cross_entropy"
             assert rows.isfinite().tolist() == rows64.isfinite().tolist() == [[True, counted]]
