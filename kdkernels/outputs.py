@@ -57,7 +57,8 @@ def best_scores(outputs: HeadOutputs) -> list[Tensor]:
 def check_outputs(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     """Raises ValueError, naming both sides' shapes, unless all levels of these parts of two heads' outputs have the same shapes."""
     if [x.shape for x in student] != [x.shape for x in teacher]:
-        raise ValueError(f"{what} do not fit: student_outputs have {level_shapes(student)}, teacher_outputs {level_shapes(teacher)}")
+        shapes = f"student_outputs have {level_shapes(student)}, teacher_outputs {level_shapes(teacher)}"
+        raise ValueError(f"{what} do not fit: {shapes}; both need heads of one kind")
 
 
 def check_levels(

@@ -12,6 +12,7 @@ PUBLISHED = {
     "one-stage": {"weight": 0.01, "adapter": True, "average": "half"},
     "two-stage": {"weight": 0.01, "adapter": True, "average": "half"},
     "ld-kitti": {"weight": 0.1, "adapter": False, "average": "mean"},
+    "ld-kitti-aid": {"weight": 0.12, "adapter": False, "average": "mean"},
     "ld-coco": {"weight": 2.0, "adapter": False, "average": "mean"},
 }
 

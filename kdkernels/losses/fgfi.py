@@ -44,7 +44,8 @@ class FGFILoss(Trainable):
     Batch-coupled through P: the entries (L, N) split each level's value over its images.
 
     weight:  factor of the loss; 0.01 in the presets of the source
-    preset:  one-stage | two-stage | ld-kitti (0.1) | ld-coco (2.0), the last two without adapter and with average="mean"  (LD's code)
+    preset:  one-stage | two-stage | ld-kitti (0.1) | ld-kitti-aid (0.12, under AID) | ld-coco (2.0), the last three without adapter and
+             with average="mean" (LD's code; for KITTI lanqz7766/AID's configurations)
     adapter: False compares the features as they are, which then need equal channels and sizes (and has nothing to train)
     average: half | mean
     seed:    of the adapter's initial weights;   reduction, on_nonfinite: see DistillationLoss
@@ -63,6 +64,7 @@ class FGFILoss(Trainable):
         "one-stage": {"weight": 0.01, "adapter": True, "average": "half"},
         "two-stage": {"weight": 0.01, "adapter": True, "average": "half"},
         "ld-kitti": {"weight": 0.1, "adapter": False, "average": "mean"},
+        "ld-kitti-aid": {"weight": 0.12, "adapter": False, "average": "mean"},
         "ld-coco": {"weight": 2.0, "adapter": False, "average": "mean"},
     }
     needs = frozenset({"boxes", "anchors"})
