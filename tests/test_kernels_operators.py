@@ -117,9 +117,9 @@ OPERATORS: dict[str, tuple[Callable[[], tuple[Any, ...]], list[Any]]] = {
     ),
     "channel_mean": (lambda: (large("features"), True), [flat(CHANNELS)]),
     "channel_mean_backward": (lambda: (large("features"), large("vectors"), True), LIKE),
-    "correlation": (lambda: (large("features"), large("features"), 1e-6), [flat(2, 300), flat(10 * (8 + 8))]),
+    "correlation": (lambda: (large("features"), large("features"), 1e-6), [flat(2, 300), flat(9 * (8 + 8))]),
     "correlation_backward": (
-        lambda: (large("features"), large("features"), torch.empty(10 * (8 + 8), device="meta"), large("row"), large("row")),
+        lambda: (large("features"), large("features"), torch.empty(9 * (8 + 8), device="meta"), large("row"), large("row")),
         LIKE,
     ),
     "logit_bce": (lambda: (large("features"), large("features"), large("maps"), 0.5), [flat(2, 300)]),

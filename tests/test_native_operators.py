@@ -66,7 +66,7 @@ def calls(layout: str, images: int) -> list[Call]:
         (operators.channel_mean, ("native", x, True)),
         (operators.channel_mean_backward, ("native", x, vector, True)),
         (operators.correlation, ("native", x, other_x, 1e-6)),
-        (operators.correlation_backward, ("native", x, other_x, torch.ones(10 * of_level), *[torch.ones(len(shapes), images)] * 2)),
+        (operators.correlation_backward, ("native", x, other_x, torch.ones(9 * of_level), *[torch.ones(len(shapes), images)] * 2)),
         *(
             (operator, ("native", *grad, x, x, other, *options))
             for name, options in (("logit_bce", (1.0,)), ("logit_kl", (2.0, 1)))
