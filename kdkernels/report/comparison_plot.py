@@ -35,7 +35,8 @@ def draw_gains(results: Mapping[str, Any], out: Path) -> Path | None:
                 )
         axes.axvline(0, color="0.4", linewidth=0.8)
         axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
-        axes.invert_yaxis()
+        # Lines of the same height in all panels.
+        axes.set_ylim(tallest - 0.5, -0.5)
         axes.set_title(arena, fontsize=9)
         axes.set_xlabel("mAP x 100 over no distillation", fontsize=8)
         axes.tick_params(labelsize=8)
