@@ -133,8 +133,8 @@ def test_features_that_differ_little(name, scale, layout, backend, device):
         more = [noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(device) for x in t]
         s = [(scale * (x + m)).contiguous(memory_format=LAYOUTS[layout]) for x, m in zip(t, more, strict=True)]
         (rows, gradients), (rows64, gradients64) = both(name, backend, s, t)
-        assert ((rows.double() - rows64).abs() <= VALUE * rows64.abs()).all(), (rows, rows64)
         # What is a difference of two of the order of 1 has the rounding of these.
+        assert ((rows.double() - rows64).abs() <= (VALUE + 2**-24 / noise) * rows64.abs()).all(), (rows, rows64)
         assert max(relative_error(g, want) for g, want in zip(gradients, gradients64, strict=True)) < 1e-6 / noise
 
 
