@@ -279,5 +279,8 @@ def test_one_graph_when_compiled(name):
         results.append([value, *gradients(value, case)])
     (value, *found), (compiled, *got) = results
     assert torch.equal(compiled, value)
-    # Its factors may be multiplied in another order, which moves a gradient's last bit.
-    _all_close(got, found, 3e-7)
+    if name == "fgfi":
+        # Its level's factor is a quotient by a number of positions that is no power of 2: one more rounding, in another place.
+        _all_close(got, found, 2**-22)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(got, found, strict=True))
