@@ -91,7 +91,7 @@ def test_values_far_from_0(layout, name, backend, device):
     """Means thousands of times the deviation, logits of 1e4, and a teacher of another scale."""
     s, t = features(SHAPES[:3], torch.float32, layout, device, offset=1e4)
     check(name, backend, s, t, torch.float32)
-    s, t = features(SHAPES[1:3], torch.float32, layout, device)
+    s, t = features(SHAPES[:2], torch.float32, layout, device)
     check(name, backend, [0.02 * x for x in s], [5 * x for x in t], torch.float32)
     assert float(s[0].mean().abs()) < 1
 
@@ -134,7 +134,7 @@ def test_features_that_differ_little(name, scale, layout, backend, device):
         s = [(scale * (x + m)).contiguous(memory_format=LAYOUTS[layout]) for x, m in zip(t, more, strict=True)]
         (rows, gradients), (rows64, gradients64) = both(name, backend, s, t)
         # What is a difference of two of the order of 1 has the rounding of these.
-        assert ((rows.double() - rows64).abs() <= (VALUE + 2**-24 / noise) * rows64.abs()).all(), (rows, rows64)
+        assert ((rows.double() - rows64).abs() <= max(VALUE, 2**-24 / noise) * rows64.abs()).all(), (rows, rows64)
         assert max(relative_error(g, want) for g, want in zip(gradients, gradients64, strict=True)) < 1e-6 / noise
 
 
